@@ -1,0 +1,1 @@
+"""What a user installs: the finetune command, the Python client, the local backend."""

@@ -1,0 +1,1 @@
+"""Object storage for every room: URI to store, retries, bundles whose manifest is written last."""

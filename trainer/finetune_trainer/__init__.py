@@ -1,0 +1,1 @@
+"""Trains one FineTuneJob: launcher, recipe, engines, tuners, data, checkpoints, publication."""

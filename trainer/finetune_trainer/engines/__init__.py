@@ -1,0 +1,1 @@
+"""Distributed engines: DDP, FSDP2, DeepSpeed ZeRO."""

@@ -1,0 +1,1 @@
+"""What is updated: a registry of fine-tuning methods."""
