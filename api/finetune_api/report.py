@@ -28,6 +28,10 @@ class Phase(StrEnum):
     DONE = "Done"
 
 
+# Upper bounds (seconds, inclusive) of the step time histogram; the last bucket is everything above.
+STEP_SECONDS_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+
+
 class Heartbeat(SchemaModel):
     """One rank's latest word: ``<work>/ranks/<rank>.json``, replaced atomically at every step and phase change."""
 
@@ -45,6 +49,8 @@ class Heartbeat(SchemaModel):
     tokens_total: int = 0  # trained tokens of the whole job, counted since step 0
     tokens_per_second: float | None = None  # whole job, last steps
     step_seconds: float | None = None
+    step_seconds_counts: tuple[int, ...] = ()  # steps of this attempt per bucket of STEP_SECONDS_BUCKETS, and above
+    step_seconds_sum: float = 0.0
     data_wait_seconds: float = 0.0  # total
     model_flops_utilization: float | None = None
     memory_bytes: int = 0  # device allocated (CUDA) or resident (CPU), now
