@@ -68,7 +68,7 @@ class StorageError(FineTuneError, OSError):
     exit_class = ExitClass.STORAGE_REFUSED
 
 
-class StorageUnavailable(FineTuneError, OSError):
+class StorageUnavailable(FineTuneError, OSError):  # noqa: N818 - a state of the store, named like its exit class
     """Object storage did not answer although retried for the whole retry budget."""
 
     exit_class = ExitClass.STORAGE_UNAVAILABLE

@@ -81,7 +81,11 @@ _TABLE: dict[ExitClass, tuple[int, Cause, str]] = {
     ExitClass.STORAGE_UNAVAILABLE: (30, Cause.INFRASTRUCTURE, "Object storage did not answer within the retry budget."),
     ExitClass.RANK_KILLED: (31, Cause.INFRASTRUCTURE, "A rank was killed by a signal from outside."),
     ExitClass.RENDEZVOUS_FAILED: (32, Cause.INFRASTRUCTURE, "The launchers did not find each other in time."),
-    ExitClass.COMMUNICATION_FAILED: (33, Cause.INFRASTRUCTURE, "A collective failed or timed out because a peer was lost."),
+    ExitClass.COMMUNICATION_FAILED: (
+        33,
+        Cause.INFRASTRUCTURE,
+        "A collective failed or timed out because a peer was lost.",
+    ),
     ExitClass.INTERNAL_ERROR: (70, Cause.BUG, "A defect of the trainer; the traceback is in the log."),
     ExitClass.INTERRUPTED: (143, Cause.INTERRUPTION, "Stopped by SIGTERM or Ctrl-C after writing a checkpoint."),
 }

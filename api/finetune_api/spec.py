@@ -118,7 +118,9 @@ class ObjectLocation(SchemaModel):
     """How to reach the object store behind a ``uri``; all optional, standard environment variables fill the rest."""
 
     credentials: SecretReference | None = None
-    endpoint: Annotated[str, Field(max_length=512, pattern=r"^https?://[^\s@/]+(/[^\s@]*)?$")] | None = None  # S3-compatible
+    endpoint: Annotated[str, Field(max_length=512, pattern=r"^https?://[^\s@/]+(/[^\s@]*)?$")] | None = (
+        None  # S3-compatible
+    )
     region: Annotated[str, Field(max_length=64, pattern=r"^[a-z0-9-]+$")] | None = None
     path_style: bool | None = None  # absent: true with an endpoint, else false
 
@@ -163,7 +165,7 @@ class Dataset(SchemaModel):
 
 
 class LoraOptions(SchemaModel):
-    """Hu et al. 2021 (arXiv:2106.09685) and its variants: rsLoRA (2312.03732), DoRA (2402.09353), LoRA+ (2402.12354)."""
+    """Hu et al. 2021 (arXiv:2106.09685); rsLoRA (2312.03732), DoRA (2402.09353), LoRA+ (2402.12354)."""
 
     rank: Annotated[int, Field(ge=1, le=4096)] = 16
     alpha: Annotated[float, Field(gt=0.0, le=65536.0)] = 32.0
@@ -214,16 +216,20 @@ class Optimizer(SchemaModel):
 
 
 class EarlyStopping(SchemaModel):
-    """Stop when validation loss has not fallen by ``minimumDelta`` for ``patience`` evaluations; the best is published."""
+    """Stop after ``patience`` evaluations without a fall of the loss by ``minimumDelta``; the best is published."""
 
     patience: Annotated[int, Field(ge=1, le=1000)] = 3
     minimum_delta: Annotated[float, Field(ge=0.0, le=1000.0)] = 0.0
 
 
 class Training(SchemaModel):
-    epochs: Annotated[float, Field(gt=0.0, le=10_000.0)] | None = None  # one of epochs and maxSteps; both absent: 1 epoch
+    epochs: Annotated[float, Field(gt=0.0, le=10_000.0)] | None = (
+        None  # one of epochs and maxSteps; both absent: 1 epoch
+    )
     max_steps: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
-    global_batch_size: Annotated[int, Field(ge=1, le=1_048_576)] = 32  # samples (packed: rows) per optimizer step, whole job
+    global_batch_size: Annotated[int, Field(ge=1, le=1_048_576)] = (
+        32  # samples (packed: rows) per optimizer step, whole job
+    )
     micro_batch_size: Annotated[int, Field(ge=1, le=65_536)] | None = None  # samples (rows) per forward and rank
     learning_rate: Annotated[float, Field(gt=0.0, le=100.0)] = 2.0e-4
     schedule: Schedule = Schedule()
@@ -263,7 +269,9 @@ class Distributed(SchemaModel):
 
 
 class Accelerator(SchemaModel):
-    resource_name: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[a-z0-9.-]+/[a-zA-Z0-9._-]+$")] = "nvidia.com/gpu"
+    resource_name: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[a-z0-9.-]+/[a-zA-Z0-9._-]+$")] = (
+        "nvidia.com/gpu"
+    )
     count: Annotated[int, Field(ge=1, le=64)] = 1
     memory: Quantity | None = None  # of one device; lets the planner judge the fit
 

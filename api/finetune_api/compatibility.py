@@ -1,0 +1,163 @@
+"""Combinations that cannot work: the reason, and the nearest that can.
+
+An ordered tuple of small questions to a resolved strategy. Rules over the manifest alone stand in ``validation.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from finetune_api.errors import Problem
+from finetune_api.plan import ModelFacts, ResolvedStrategy
+from finetune_api.spec import (
+    FineTuneJobSpec,
+    MethodType,
+    Offload,
+    OptimizerType,
+    OutputFormat,
+    Precision,
+    StrategyType,
+)
+
+EIGHT_BIT = frozenset({OptimizerType.ADAMW_8BIT, OptimizerType.PAGED_ADAMW_8BIT})
+REPLICATED_ONLY = EIGHT_BIT | {OptimizerType.ADAFACTOR}
+
+
+@dataclass(frozen=True)
+class Combination:
+    """What the rules judge."""
+
+    spec: FineTuneJobSpec
+    strategy: ResolvedStrategy
+    device: str
+    world_size: int
+    model: ModelFacts | None
+
+
+def _eight_bit_on_cpu(c: Combination) -> Iterator[Problem]:
+    kind = c.spec.training.optimizer.type
+    if kind in EIGHT_BIT and c.device == "cpu":
+        yield Problem(
+            "spec.training.optimizer.type",
+            kind.value,
+            "8-bit optimizers have CUDA kernels only and this job trains on CPU",
+            "use AdamW, or ask for resources.accelerator",
+        )
+
+
+def _optimizer_under_sharding(c: Combination) -> Iterator[Problem]:
+    kind = c.spec.training.optimizer.type
+    if c.strategy.type is StrategyType.DDP or kind not in REPLICATED_ONLY:
+        return
+    if kind in EIGHT_BIT and c.device == "cpu":
+        return  # told already
+    reason = "quantises blocks of whole tensors" if kind in EIGHT_BIT else "needs row and column means of whole tensors"
+    yield Problem(
+        "spec.training.optimizer.type",
+        kind.value,
+        f"{reason} and cannot run on the shards of {c.strategy.label}",
+        "use AdamW, or distributed.strategy.type DDP",
+    )
+
+
+def _half_precision_on_cpu(c: Combination) -> Iterator[Problem]:
+    precision = c.spec.training.precision
+    if precision is Precision.FP16 and c.device == "cpu":
+        yield Problem(
+            "spec.training.precision",
+            precision.value,
+            "FP16 training with loss scaling needs a CUDA device",
+            "use BF16 (or FP32) on CPU, or ask for resources.accelerator",
+        )
+
+
+def _quantized_experts(c: Combination) -> Iterator[Problem]:
+    if c.spec.method.type is MethodType.QLORA and c.model is not None and c.model.experts:
+        yield Problem(
+            "spec.method.type",
+            c.spec.method.type.value,
+            f"{c.model.architecture} has {c.model.experts} fused experts per layer, which 4-bit storage does not reach",
+            "use LoRA with FSDP, which shards them",
+        )
+
+
+def _output_of_full(c: Combination) -> Iterator[Problem]:
+    kind, full = c.spec.output.format, c.spec.method.type is MethodType.FULL
+    if full and kind in {OutputFormat.ADAPTER, OutputFormat.MERGED_MODEL}:
+        yield Problem(
+            "spec.output.format",
+            kind.value,
+            "method Full trains the model itself, so there is no adapter to publish or merge",
+            "use FullModel or leave it out",
+        )
+    if not full and kind is OutputFormat.FULL_MODEL:
+        yield Problem(
+            "spec.output.format",
+            kind.value,
+            f"method {c.spec.method.type.value} trains an adapter, not the whole model",
+            "use Adapter, or MergedModel for a model with the adapter merged in",
+        )
+
+
+def _parameter_offload_stage(c: Combination) -> Iterator[Problem]:
+    strategy = c.strategy
+    if strategy.offload_parameters is not Offload.NONE and strategy.zero_stage != 3:
+        yield Problem(
+            "spec.distributed.strategy.deepspeed.offloadParameters",
+            strategy.offload_parameters.value,
+            f"parameters are only sharded, and so only offloaded, by ZeRO stage 3, not stage {strategy.zero_stage}",
+            "set zeroStage to 3, or offloadOptimizer instead",
+        )
+
+
+def _nvme_offload(c: Combination) -> Iterator[Problem]:
+    members = (
+        ("offloadOptimizer", c.strategy.offload_optimizer),
+        ("offloadParameters", c.strategy.offload_parameters),
+    )
+    for name, offload in members:
+        path = f"spec.distributed.strategy.deepspeed.{name}"
+        if offload is not Offload.NVME:
+            continue
+        if c.strategy.zero_stage != 3:
+            yield Problem(path, offload.value, "only ZeRO stage 3 offloads to NVMe", "set zeroStage to 3, or use CPU")
+        if c.spec.resources.scratch is None:
+            yield Problem(
+                path,
+                offload.value,
+                "offloading to NVMe needs local disk and resources.scratch is absent",
+                "set resources.scratch, or use CPU",
+            )
+
+
+def _optimizer_under_offload(c: Combination) -> Iterator[Problem]:
+    kind = c.spec.training.optimizer.type
+    offload = c.strategy.offload_optimizer
+    if offload is not Offload.NONE and kind is OptimizerType.SGD:
+        yield Problem(
+            "spec.training.optimizer.type",
+            kind.value,
+            f"DeepSpeed offloads the state of AdamW only and offloadOptimizer is {offload.value}",
+            "use AdamW, or set offloadOptimizer to None",
+        )
+
+
+CombinationRule = Callable[[Combination], Iterator[Problem]]
+
+COMBINATION_RULES: tuple[CombinationRule, ...] = (
+    _eight_bit_on_cpu,
+    _optimizer_under_sharding,
+    _half_precision_on_cpu,
+    _quantized_experts,
+    _output_of_full,
+    _parameter_offload_stage,
+    _nvme_offload,
+    _optimizer_under_offload,
+)
+
+
+def combination_problems(combination: Combination) -> Iterator[Problem]:
+    """Everything that forbids this combination."""
+    for rule in COMBINATION_RULES:
+        yield from rule(combination)
