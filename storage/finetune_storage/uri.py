@@ -1,0 +1,85 @@
+"""Object URIs: ``s3://bucket/path``, ``gs://bucket/path``, ``az://container/path``, ``file:///path``."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from urllib.parse import quote, unquote
+
+from finetune_api.errors import StorageError
+
+SCHEMES = ("file", "s3", "gs", "az")
+_WILDCARDS = "*?["
+
+
+@dataclass(frozen=True)
+class ObjectLocator:
+    """A parsed URI. ``bucket`` is empty for ``file``, whose ``path`` is absolute; other paths have no leading slash."""
+
+    scheme: str
+    bucket: str
+    path: str
+
+    @property
+    def uri(self) -> str:
+        """The canonical spelling; a path of ``file`` is percent-encoded where it must be."""
+        if self.scheme == "file":
+            return "file://" + quote(self.path, safe="/~!$&'()*+,;=:@[]?")
+        return f"{self.scheme}://{self.bucket}/{self.path}"
+
+
+def parse_uri(uri: str) -> ObjectLocator:
+    """Take a URI apart. User info and query strings are refused without being repeated, for they may hold secrets."""
+    scheme, separator, rest = uri.partition("://")
+    if not separator or scheme not in SCHEMES:
+        raise StorageError(_unknown_scheme(scheme if separator else ""))
+    authority, slash, path = rest.partition("/")
+    if "@" in authority:
+        raise StorageError(
+            f"A {scheme}:// URI holds user information before '@'; credentials belong in environment variables, "
+            "remove them from the URI."
+        )
+    if scheme == "file":
+        return _parse_file(uri, authority, slash + path)
+    if "?" in path and "=" in path:
+        raise StorageError(
+            f"The URI of bucket '{authority}' holds a query string; remove it, "
+            "credentials and signatures belong in environment variables."
+        )
+    if not authority:
+        raise StorageError(f"'{uri}' names no bucket; write {scheme}://BUCKET/PATH.")
+    if any(part in {".", ".."} for part in path.split("/")):
+        raise StorageError(f"'{uri}' contains '.' or '..'; write the path out.")
+    return ObjectLocator(scheme, authority, path)
+
+
+def _parse_file(uri: str, authority: str, path: str) -> ObjectLocator:
+    if authority not in {"", "localhost"} or not path:
+        raise StorageError(f"'{uri}' is not absolute; write file:///ABSOLUTE/PATH with three slashes.")
+    path = unquote(path)
+    trailing = "/" if path.endswith("/") and path != "/" else ""
+    return ObjectLocator("file", "", os.path.normpath(path) + trailing)
+
+
+def _unknown_scheme(scheme: str) -> str:
+    if scheme == "pvc":
+        return "A pvc:// URI names a volume of the cluster; use file://, s3://, gs:// or az:// outside of one."
+    if scheme == "hf":
+        return (
+            "An hf:// URI can only name a base model to read; use file://, s3://, gs:// or az:// for data and output."
+        )
+    named = f"scheme '{scheme}'" if scheme else "no scheme"
+    return f"A storage URI has {named}; write one of {', '.join(name + '://' for name in SCHEMES)}."
+
+
+def split_uri(uri: str) -> tuple[str, str]:
+    """Parent URI (ends with ``/``) and the rest: ``s3://b/data/*.jsonl`` -> ``("s3://b/data/", "*.jsonl")``.
+
+    The parent ends before the first segment with a wildcard, so that listing the parent finds every match.
+    """
+    locator = parse_uri(uri)
+    segments = locator.path.split("/")
+    cut = next((i for i, part in enumerate(segments) if any(c in part for c in _WILDCARDS)), len(segments) - 1)
+    parent = "/".join(segments[:cut])
+    parent = parent + "/" if parent or locator.scheme == "file" else ""
+    return ObjectLocator(locator.scheme, locator.bucket, parent).uri, "/".join(segments[cut:])

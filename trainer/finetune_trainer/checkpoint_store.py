@@ -1,0 +1,152 @@
+"""Where checkpoints live: ``step-00000200/`` directories whose manifest is written last, on disk or in a bucket."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Collection, Iterable, Mapping, Set
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from finetune_api.errors import CheckpointError, StorageError
+from finetune_api.report import CheckpointManifest, FileEntry
+from finetune_storage import (
+    DamagedBundle,
+    ObjectNotFound,
+    ObjectStore,
+    bundle_names,
+    commit,
+    delete_bundle,
+    fetch_bundle,
+    read_manifest,
+    write_file,
+)
+
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A verified checkpoint on local disk, and a sentence for every newer one that was skipped."""
+
+    manifest: CheckpointManifest
+    directory: Path
+    skipped: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class CheckpointStore:
+    """Checkpoints of one job under ``store``; ``config_digest`` identifies what defines the job's result."""
+
+    store: ObjectStore
+    config_digest: str
+    keep: int = 2
+
+    def uri(self, step: int) -> str:
+        """Where the checkpoint of ``step`` is (or would be)."""
+        return self.store.child(_name(step)).uri
+
+    def child(self, prefix: str, keep: int = 1) -> CheckpointStore:
+        """A separate series below this one, for instance ``best/``."""
+        return CheckpointStore(self.store.child(prefix), self.config_digest, keep)
+
+    def upload(self, step: int, files: Mapping[str, Path]) -> list[FileEntry]:
+        """Upload this rank's files (path in the checkpoint to local file) and read them back. Every rank calls it."""
+        place = self.store.child(_name(step))
+        return [write_file(place, path, file) for path, file in sorted(files.items())]
+
+    def commit(self, step: int, entries: Iterable[FileEntry], fields: Mapping[str, Any]) -> CheckpointManifest:
+        """Rank 0, after every rank's ``upload``: write the manifest, which makes the checkpoint exist.
+
+        ``fields``: those of CheckpointManifest besides step, config_digest, files and saved_at.
+        """
+        files = tuple(sorted(entries, key=lambda entry: entry.path))
+        paths = [entry.path for entry in files]
+        assert len(set(paths)) == len(paths), f"two ranks wrote the same checkpoint file: {paths}"
+        manifest = CheckpointManifest(
+            step=step,
+            config_digest=self.config_digest,
+            files=files,
+            saved_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            **fields,
+        )
+        commit(self.store, _name(step), manifest)
+        return manifest
+
+    def candidates(self) -> list[int]:
+        """Steps with a committed manifest, newest first."""
+        return sorted((step for step, committed in self._steps().items() if committed), reverse=True)
+
+    def fetch(self, step: int, destination: Path) -> CheckpointManifest:
+        """Download and verify one checkpoint.
+
+        Raises:
+            ObjectNotFound: it was never committed.
+            DamagedBundle: lists every file that is missing, truncated or altered.
+            CheckpointError: it belongs to another job.
+        """
+        manifest, _ = read_manifest(self.store, _name(step), CheckpointManifest)
+        self._check_owner(step, manifest)
+        return fetch_bundle(self.store, _name(step), CheckpointManifest, destination)
+
+    def newest(self, destination: Path) -> Restored | None:
+        """Fetch the newest whole checkpoint into ``destination`` (replaced); ``None`` where there is none at all.
+
+        Raises:
+            CheckpointError: checkpoints are there but every one is damaged, or the newest belongs to another job.
+        """
+        skipped: list[str] = []
+        steps = self._steps()
+        for step in sorted(steps, reverse=True):
+            try:
+                if steps[step]:
+                    return Restored(self.fetch(step, destination), destination, tuple(skipped))
+                skipped.append(f"Skipped {self.uri(step)}: it was never finished (no manifest.json).")
+            except DamagedBundle as error:
+                skipped.append(f"Skipped {self.uri(step)}: {' '.join(error.problems)}")
+            except ObjectNotFound:
+                skipped.append(f"Skipped {self.uri(step)}: its manifest.json vanished while it was read.")
+        if any(steps.values()):
+            raise CheckpointError(
+                f"No checkpoint under {self.store.uri} can be used. {' '.join(skipped)} "
+                "Delete them to start from the beginning, or restore one."
+            )
+        shutil.rmtree(destination, ignore_errors=True)
+        return None
+
+    def prune(self, protect: Set[int] = frozenset()) -> list[int]:
+        """Keep the newest ``keep`` and the protected ones; remove the rest and what was left unfinished before them.
+
+        Returns the steps that were removed.
+        """
+        steps = self._steps()
+        committed = sorted((step for step in steps if steps[step]), reverse=True)
+        if not committed:
+            return []
+        kept: Collection[int] = {*committed[: self.keep], *protect}
+        doomed = [step for step in sorted(steps) if step not in kept and (steps[step] or step < committed[0])]
+        for step in doomed:
+            delete_bundle(self.store, _name(step))
+        return doomed
+
+    def _steps(self) -> dict[int, bool]:
+        names = bundle_names(self.store)
+        return {int(match.group(1)): done for name, done in names.items() if (match := _NAME.fullmatch(name))}
+
+    def _check_owner(self, step: int, manifest: CheckpointManifest) -> None:
+        if manifest.config_digest != self.config_digest:
+            raise CheckpointError(
+                f"The checkpoint {self.uri(step)} was written by another configuration "
+                f"({manifest.config_digest[:12]}… instead of {self.config_digest[:12]}…); "
+                "choose another output.uri or job name, or delete it."
+            )
+        if manifest.step != step:
+            raise DamagedBundle(self.uri(step), [f"Its manifest names step {manifest.step}."])
+
+
+def _name(step: int) -> str:
+    if step < 0:
+        raise StorageError(f"A checkpoint step cannot be negative ({step}).")
+    return f"step-{step:08d}"
