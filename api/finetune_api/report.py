@@ -75,6 +75,25 @@ class RankEnd(SchemaModel):
     traceback: str = ""
 
 
+class Progress(SchemaModel):
+    """One launcher's ``/progress``: where its node is, and the latest word of each of its ranks."""
+
+    schema_version: Literal[1] = 1
+    job: dict[str, str]  # namespace, name, uid
+    node_rank: int
+    pid: int
+    phase: Phase  # of the launcher until its ranks speak, then of the lowest local rank
+    message: str = ""  # what is being prepared, in words
+    done: float | None = None  # of ``total``, in the unit that ``message`` names
+    total: float | None = None
+    attempt: int = 0  # 1: the first start of the ranks; 0: not started yet
+    restarts: int = 0
+    stopping: bool = False  # SIGTERM was received: ranks are writing a checkpoint
+    ranks: tuple[Heartbeat, ...] = ()
+    plan: Plan | None = None  # completed as soon as data and model are known
+    started_at: float = 0.0  # unix seconds
+
+
 class Termination(SchemaModel):
     """The launcher's last word (JSON, <= 4 KiB when serialised)."""
 
