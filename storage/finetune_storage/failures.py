@@ -38,7 +38,17 @@ _CREDENTIAL_HELP = {
     "az": "AZURE_STORAGE_ACCOUNT_NAME with AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_KEY",
 }
 _METADATA_HOSTS = ("169.254.169.254", "169.254.170.2", "metadata.google.internal")
-_BAD_KEY_CODES = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken", "TokenRefreshRequired"}
+_BAD_KEY_CODES = {
+    "ExpiredToken",
+    "InvalidAccessKeyId",
+    "InvalidToken",
+    "SignatureDoesNotMatch",
+    "TokenRefreshRequired",
+    "XAdminUserNotFound",  # Versity S3 Gateway
+}
+_REGION_CODES = {"AuthorizationHeaderMalformed", "PermanentRedirect", "IllegalLocationConstraintException"}
+_ABSENT_CODES = {"", "NoSuchKey", "NoSuchVersion", "BlobNotFound"}
+_LASTING_STATUS = {301, 307, 400, 404, 405, 409, 411, 413, 414, 416, 501}
 
 
 class Verdict(Enum):
@@ -62,55 +72,47 @@ def judge(error: Exception, locator: ObjectLocator, endpoint: str | None) -> Fai
     """Classify what the object-store library raised."""
     text = str(error)
     code = match.group(1) if (match := _CODE.search(text)) else ""
-    if code == "NoSuchBucket" or "ContainerNotFound" in text:
-        return Failure(
-            Verdict.REFUSED,
-            f"bucket '{locator.bucket}' does not exist{_at(endpoint)}",
-            "create it, or correct the bucket in the URI or the endpoint",
-        )
-    if isinstance(error, FileNotFoundError):
+    if isinstance(error, FileNotFoundError) and code in _ABSENT_CODES and "NoSuchBucket" not in text:
         return Failure(Verdict.ABSENT, "it does not exist")
     if locator.scheme == "file":
         return _judge_file(text)
     if any(host in text for host in _METADATA_HOSTS):
         return Failure(Verdict.REFUSED, "no credentials were found", f"set {_CREDENTIAL_HELP[locator.scheme]}")
-    return _judge_remote(error, text, code, locator, endpoint)
-
-
-def _judge_remote(error: Exception, text: str, code: str, locator: ObjectLocator, endpoint: str | None) -> Failure:
     status = int(match.group(1)) if (match := _STATUS.search(text)) else 0
-    shown = f" ({code or status})" if code or status else ""
-    denied = isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError)
-    if code in _BAD_KEY_CODES or isinstance(error, exceptions.UnauthenticatedError):
-        return Failure(
-            Verdict.REFUSED,
-            f"the credentials were not accepted{shown}{_at(endpoint)}",
-            f"check {_CREDENTIAL_HELP[locator.scheme]}",
-        )
-    if denied or status in {401, 403}:
-        return Failure(
-            Verdict.REFUSED,
-            f"access to bucket '{locator.bucket}' was denied{shown}{_at(endpoint)}",
-            f"grant these credentials access or check {_CREDENTIAL_HELP[locator.scheme]}",
-        )
+    place = f"{f' ({code or status})' if code or status else ''}{f' at {endpoint}' if endpoint else ''}"
+    refused = _refusal(error, code, status, locator)
+    if refused:
+        return Failure(Verdict.REFUSED, refused[0] + place, refused[1])
     if isinstance(error, exceptions.PreconditionError):
         return Failure(Verdict.RETRY, "it changed while it was read")
-    if status in {301, 307, 400, 405, 409, 411, 413, 414, 416, 501} or isinstance(error, ValueError):
-        return Failure(
-            Verdict.REFUSED,
-            f"the request was refused{shown}{_at(endpoint)}",
-            "check the region, the endpoint and the path",
-        )
     reason = next((said for sign, said in _NETWORK_ERRORS.items() if sign in text), "")
-    if not reason:
-        reason = f"the server failed{shown}" if shown else "the connection failed"
-    return Failure(Verdict.RETRY, reason + _at(endpoint), "check the endpoint and that the server runs")
+    reason = reason or ("the server failed" if code or status else "the connection failed")
+    return Failure(Verdict.RETRY, reason + place, "check the endpoint and that the server runs")
+
+
+def _refusal(error: Exception, code: str, status: int, locator: ObjectLocator) -> tuple[str, str] | None:
+    """Reason and remedy where another try cannot help."""
+    credentials = f"check {_CREDENTIAL_HELP[locator.scheme]}"
+    if code in {"NoSuchBucket", "ContainerNotFound"}:
+        return (
+            f"bucket '{locator.bucket}' does not exist",
+            "create it, or correct the bucket in the URI or the endpoint",
+        )
+    if code == "InvalidBucketName":
+        return f"'{locator.bucket}' is not a valid bucket name", "correct the URI"
+    if code == "RequestTimeTooSkewed":
+        return "the clocks of this machine and the server differ", "set this machine's clock"
+    if code in _BAD_KEY_CODES or isinstance(error, exceptions.UnauthenticatedError):
+        return "the credentials were not accepted", credentials
+    if code in _REGION_CODES:
+        return f"bucket '{locator.bucket}' is in another region", "set AWS_REGION or the region field"
+    if status in {401, 403} or isinstance(error, exceptions.PermissionDeniedError):
+        return f"access to bucket '{locator.bucket}' was denied", f"grant these credentials access or {credentials}"
+    if status in _LASTING_STATUS or isinstance(error, ValueError | FileNotFoundError):
+        return "the request was refused", "check region, endpoint and path"
+    return None
 
 
 def _judge_file(text: str) -> Failure:
     reason = next((said for sign, said in _SYSTEM_ERRORS.items() if sign in text), "the file system refused")
     return Failure(Verdict.REFUSED, reason, "check the path and its permissions")
-
-
-def _at(endpoint: str | None) -> str:
-    return f" at {endpoint}" if endpoint else ""

@@ -172,7 +172,7 @@ class ObjectStore:
         return hasher.hexdigest(), size
 
     def stream(self, path: str) -> Iterator[bytes]:
-        """The object's bytes in chunks; after a cut connection it goes on where it was cut, with a fresh retry budget."""
+        """The object's bytes in chunks; a cut connection is taken up where it was cut, with a fresh budget."""
         position, etag = 0, None
         while True:
             result = self._insist("read", path, lambda: self._get_from(path, position, etag))  # noqa: B023
@@ -217,8 +217,17 @@ class ObjectStore:
         Raises:
             ObjectNotFound: there is no such object.
         """
-        meta = self._insist("look up", path, lambda: obstore.head(self._backend, self._key(path)))
+        meta = self._insist("look up", path, lambda: self._head(path))
         return ObjectInfo(path, meta["size"], meta.get("e_tag"), meta["last_modified"])
+
+    def _head(self, path: str) -> obstore.ObjectMeta:
+        try:
+            return obstore.head(self._backend, self._key(path))
+        except FileNotFoundError:
+            if isinstance(self._backend, LocalStore):
+                raise
+        # An answer to HEAD has no body, so an absent bucket looks like an absent object; GET tells them apart.
+        return obstore.get(self._backend, self._key(path)).meta
 
     def exists(self, path: str) -> bool:
         """Whether the object exists."""
