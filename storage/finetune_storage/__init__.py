@@ -1,6 +1,7 @@
 """Object storage for every room: URI to store, retries, bundles whose manifest is written last."""
 
 from finetune_api.errors import StorageError, StorageUnavailable
+from finetune_storage.artifact import fetch_artifact, find_artifact
 from finetune_storage.bundle import (
     MANIFEST,
     DamagedBundle,
@@ -30,9 +31,11 @@ __all__ = [
     "bundle_names",
     "commit",
     "delete_bundle",
+    "fetch_artifact",
     "fetch_bundle",
     "file_digest",
     "files_of",
+    "find_artifact",
     "list_bundles",
     "parse_uri",
     "read_manifest",
