@@ -7,10 +7,11 @@ from fractions import Fraction
 from math import ceil, isqrt
 
 from finetune_api.errors import Problem
-from finetune_api.spec import FineTuneJobSpec, Schedule
+from finetune_api.spec import FineTuneJobSpec, Schedule, ScheduleType
 
 DEFAULT_WARMUP_FRACTION = Fraction(3, 100)
 DEFAULT_EPOCHS = 1.0
+SELF_RISING = frozenset({ScheduleType.ONE_CYCLE, ScheduleType.SLANTED_TRIANGULAR})  # they rise by peakFraction
 GLOBAL_BATCH = "spec.training.globalBatchSize"
 MICRO_BATCH = "spec.training.microBatchSize"
 
@@ -79,7 +80,9 @@ def steps_per_epoch(spec: FineTuneJobSpec, samples: int) -> int:
 
 
 def warmup_steps(schedule: Schedule, steps: int) -> int:
-    """Warm-up steps of ``steps``: as given, or the fraction of them rounded up."""
+    """Warm-up steps of ``steps``: as given, or the fraction of them rounded up; 0 where the schedule rises itself."""
+    if schedule.type in SELF_RISING:
+        return 0
     if schedule.warmup_steps is not None:
         return min(schedule.warmup_steps, steps)
     given = schedule.warmup_fraction

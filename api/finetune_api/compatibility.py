@@ -5,11 +5,13 @@ An ordered tuple of small questions to a resolved strategy. Rules over the manif
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from finetune_api.errors import Problem
+from finetune_api.introspect import Path
 from finetune_api.plan import ModelFacts, ResolvedStrategy
+from finetune_api.rules import Rule, ask
 from finetune_api.spec import (
     FineTuneJobSpec,
     MethodType,
@@ -143,21 +145,22 @@ def _optimizer_under_offload(c: Combination) -> Iterator[Problem]:
         )
 
 
-CombinationRule = Callable[[Combination], Iterator[Problem]]
+_METHOD = ("method.type",)
+_OPTIMIZER = ("training.optimizer.type",)
+_STRATEGY = ("distributed.strategy", "distributed.nodes", "distributed.processesPerNode", "resources.accelerator")
 
-COMBINATION_RULES: tuple[CombinationRule, ...] = (
-    _eight_bit_on_cpu,
-    _optimizer_under_sharding,
-    _half_precision_on_cpu,
-    _quantized_experts,
-    _output_of_full,
-    _parameter_offload_stage,
-    _nvme_offload,
-    _optimizer_under_offload,
+COMBINATION_RULES: tuple[Rule[Combination], ...] = (
+    Rule((*_OPTIMIZER, "resources.accelerator"), _eight_bit_on_cpu),
+    Rule((*_OPTIMIZER, *_STRATEGY), _optimizer_under_sharding),
+    Rule(("training.precision", "resources.accelerator"), _half_precision_on_cpu),
+    Rule(_METHOD, _quantized_experts),
+    Rule((*_METHOD, "output.format"), _output_of_full),
+    Rule(_STRATEGY, _parameter_offload_stage),
+    Rule((*_STRATEGY, "resources.scratch"), _nvme_offload),
+    Rule((*_OPTIMIZER, *_STRATEGY), _optimizer_under_offload),
 )
 
 
-def combination_problems(combination: Combination) -> Iterator[Problem]:
-    """Everything that forbids this combination."""
-    for rule in COMBINATION_RULES:
-        yield from rule(combination)
+def combination_problems(combination: Combination, broken: Iterable[Path] = ()) -> Iterator[Problem]:
+    """Everything that forbids this combination, judged by the fields that are not ``broken``."""
+    return ask(COMBINATION_RULES, combination, broken)

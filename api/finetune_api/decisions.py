@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from finetune_api.batch import SELF_RISING
 from finetune_api.memory import Layout, estimate_memory, memory_budget
 from finetune_api.parameters import count_parameters
 from finetune_api.plan import DatasetFacts, Decision, Facts, ParameterCounts, ResolvedStrategy
@@ -103,7 +104,7 @@ def spec_warnings(spec: FineTuneJobSpec) -> tuple[str, ...]:
 def step_decisions(spec: FineTuneJobSpec, warmup: int, steps: int) -> Iterator[Decision]:
     """Choices that show once the number of steps is known."""
     schedule = spec.training.schedule
-    if schedule.warmup_fraction is None and schedule.warmup_steps is None:
+    if schedule.type not in SELF_RISING and schedule.warmup_fraction is None and schedule.warmup_steps is None:
         reason = f"3 % of {steps} steps: neither warmupFraction nor warmupSteps is given"
         yield Decision(field="spec.training.schedule.warmupSteps", value=str(warmup), reason=reason)
 

@@ -21,7 +21,9 @@ class Problem:
 
     def __str__(self) -> str:
         place = f"{self.path} (line {self.line})" if self.line else self.path
-        shown = "" if self.value is None else f", not {_shown(self.value)}"
+        shown = ""
+        if self.value is not None:
+            shown = f", not {_shown(self.value)}" if self.rule.startswith("must ") else f" ({_shown(self.value)})"
         return f"{place}: {self.rule}{shown}; {self.remedy}"
 
 
@@ -68,7 +70,7 @@ class StorageError(FineTuneError, OSError):
     exit_class = ExitClass.STORAGE_REFUSED
 
 
-class StorageUnavailable(FineTuneError, OSError):  # noqa: N818 - a state of the store, named like its exit class
+class StorageUnavailable(FineTuneError, OSError):
     """Object storage did not answer although retried for the whole retry budget."""
 
     exit_class = ExitClass.STORAGE_UNAVAILABLE

@@ -23,7 +23,7 @@ class SchemaModel(BaseModel):
 
 
 URI_PATTERN = r"^(hf|s3|gs|az|pvc|file)://[^\s@]+(@[0-9a-f]{40})?$"
-DATA_URI_PATTERN = r"^(hf|s3|gs|az|pvc|file)://[^\s@]+$"
+DATA_URI_PATTERN = r"^(s3|gs|az|pvc|file)://[^\s@]+$"
 QUANTITY_PATTERN = r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$"
 
 ModelUri = Annotated[str, Field(min_length=6, max_length=1024, pattern=URI_PATTERN)]

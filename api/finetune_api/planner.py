@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from finetune_api.batch import batch_problems, largest_divisor, steps_per_epoch, total_steps, warmup_steps
 from finetune_api.compatibility import Combination, combination_problems
 from finetune_api.decisions import fit_warnings, spec_decisions, spec_warnings, step_decisions, step_warnings
 from finetune_api.errors import DataError, Problem, SpecError
+from finetune_api.introspect import Path
 from finetune_api.memory import Layout, estimate_memory, memory_budget
 from finetune_api.names import nearest
 from finetune_api.parameters import count_parameters, module_names, shape_of, unmatched_names
@@ -21,6 +23,7 @@ from finetune_api.plan import (
     Plan,
     ResolvedStrategy,
 )
+from finetune_api.rules import Rule, ask
 from finetune_api.spec import FineTuneJobSpec, GradientCheckpointing, LoraOptions, MethodType, OutputFormat
 from finetune_api.strategy import resolve_strategy
 from finetune_api.trainer_config import JobIdentity
@@ -131,6 +134,25 @@ def plan_problems(
     problems += combination_problems(Combination(spec, strategy, device, world_size, facts.model))
     problems += _target_problems(spec, facts.model)
     return problems
+
+
+_BATCH_FIELDS = (
+    "training.globalBatchSize",
+    "training.microBatchSize",
+    "distributed.nodes",
+    "distributed.processesPerNode",
+    "resources.accelerator",
+)
+
+
+def specification_problems(spec: FineTuneJobSpec, broken: Iterable[Path] = ()) -> Iterator[Problem]:
+    """What the planner refuses before anything is known of model and data, where ``broken`` fields cannot be judged."""
+    processes, _ = _processes_per_node(spec)
+    strategy, _ = resolve_strategy(spec, Facts(), processes)
+    world_size = spec.distributed.nodes * processes
+    device = "cuda" if spec.resources.accelerator else "cpu"
+    yield from ask((Rule(_BATCH_FIELDS, lambda s: batch_problems(s, world_size)),), spec, broken)
+    yield from combination_problems(Combination(spec, strategy, device, world_size, None), broken)
 
 
 def _target_problems(spec: FineTuneJobSpec, model: ModelFacts | None) -> list[Problem]:

@@ -24,11 +24,16 @@ _QUANTITY = re.compile(r"^([0-9]+(?:\.[0-9]+)?)(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$")
 
 def parse_quantity(text: str) -> int:
     """``"16Gi"`` -> 17179869184, rounded down. Raises ValueError for anything that is not a quantity."""
+    return int(quantity_value(text))
+
+
+def quantity_value(text: str) -> Fraction:
+    """The exact number behind a quantity: ``"500m"`` is one half."""
     match = _QUANTITY.match(text)
     if match is None:
         raise ValueError(f"{text!r} is not a quantity such as 16Gi, 500M or 2")
     number, unit = match.groups()
-    return int(Fraction(number) * _UNITS[unit or ""])
+    return Fraction(number) * _UNITS[unit or ""]
 
 
 def format_bytes(count: int) -> str:
