@@ -151,6 +151,18 @@ class ObjectStore:
         """
         return b"".join(self.stream(path))
 
+    def get_range(self, path: str, start: int, end: int) -> bytes:
+        """Bytes ``start`` to ``end`` (exclusive, cut at the object's end).
+
+        Raises:
+            ObjectNotFound: there is no such object.
+        """
+        if end <= start:
+            return b""
+        return self._insist(
+            "read", path, lambda: bytes(obstore.get_range(self._backend, self._key(path), start=start, end=end))
+        )
+
     def download(self, path: str, file: Path) -> None:
         """Copy one object to a local file, which appears only when it is complete."""
         file.parent.mkdir(parents=True, exist_ok=True)
