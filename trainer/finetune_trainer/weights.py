@@ -1,0 +1,231 @@
+"""Filling a skeleton unit by unit: no rank ever holds more than one unit beside what its engine keeps.
+
+A unit is a decoder layer, or what remains around the layers. Safetensors are opened per unit and closed again, so that
+their mapped pages do not pile up in a rank's memory.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from finetune_api.errors import ModelError
+from finetune_trainer.model import decoder_layers
+from finetune_trainer.seeding import seed_for
+from finetune_trainer.tuners.base import Tuner
+from finetune_trainer.tuners.quantization import QuantizedLinear
+
+
+class WeightSource(ABC):
+    """Where base weights come from. Names are those of the bare model."""
+
+    description = ""
+
+    @abstractmethod
+    def fill(self, module: nn.Module, names: dict[str, str]) -> dict[str, torch.Tensor]:
+        """CPU tensors for a module's own parameters; ``names`` maps attribute -> base name."""
+
+    def close_unit(self) -> None:  # noqa: B027
+        """Called after each unit."""
+
+
+class PretrainedWeights(WeightSource):
+    """Sharded or single safetensors. Raises ModelError for missing tensors and wrong shapes."""
+
+    description = "safetensors read unit by unit"
+
+    def __init__(self, directory: Path, base_prefix: str) -> None:
+        self.directory = directory
+        self.prefix = base_prefix + "."
+        self.files = _tensor_files(directory)
+        self._open: dict[str, Any] = {}
+
+    def resolve(self, name: str) -> str | None:
+        """The checkpoint's spelling of a parameter's name: some checkpoints leave out the base model's prefix."""
+        candidates = (name, name.removeprefix(self.prefix), self.prefix + name)
+        return next((candidate for candidate in candidates if candidate in self.files), None)
+
+    def fill(self, module: nn.Module, names: dict[str, str]) -> dict[str, torch.Tensor]:
+        found = {}
+        for attribute, name in names.items():
+            key = self.resolve(name)
+            if key is None:
+                raise ModelError(f"{self.directory}: no tensor '{name}' in its safetensors; the download is incomplete")
+            tensor = self._handle(self.files[key]).get_tensor(key)
+            expected = module._parameters[attribute]
+            if expected is not None and not isinstance(module, QuantizedLinear) and tensor.shape != expected.shape:
+                raise ModelError(
+                    f"{self.directory / self.files[key]}: tensor '{key}' has shape {tuple(tensor.shape)}, config.json "
+                    f"implies {tuple(expected.shape)}; config.json and weights do not belong together"
+                )
+            found[attribute] = tensor
+        return found
+
+    def close_unit(self) -> None:
+        self._open.clear()
+
+    def _handle(self, file: str) -> Any:
+        from safetensors import SafetensorError, safe_open
+
+        if file not in self._open:
+            try:
+                self._open[file] = safe_open(self.directory / file, framework="pt", device="cpu")
+            except SafetensorError as error:
+                raise ModelError(
+                    f"{self.directory / file}: not a whole safetensors file ({error}); fetch it again"
+                ) from error
+        return self._open[file]
+
+
+class ConvertedWeights(WeightSource):
+    """For checkpoints whose tensors transformers renames or fuses: loaded whole by transformers, then dealt out.
+
+    Host memory peaks at the whole model on every rank; the self-check report says so.
+    """
+
+    description = "whole model converted by transformers (its tensors need renaming or fusing)"
+
+    def __init__(self, directory: Path, dtype: torch.dtype, allow_remote_code: bool) -> None:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, trust_remote_code=allow_remote_code)
+        self.tensors = {name: tensor.data for name, tensor in model.named_parameters(remove_duplicate=False)}
+
+    def fill(self, module: nn.Module, names: dict[str, str]) -> dict[str, torch.Tensor]:
+        return {attribute: self.tensors[name] for attribute, name in names.items()}
+
+
+class RandomWeights(WeightSource):
+    """The architecture's own initialisation, seeded per module name: the same on every engine and world size."""
+
+    description = "random initialisation"
+
+    def __init__(self, model: Any, seed: int) -> None:
+        self.model, self.seed = model, seed
+
+    @torch.no_grad()
+    def fill(self, module: nn.Module, names: dict[str, str]) -> dict[str, torch.Tensor]:
+        target: nn.Module = module
+        if isinstance(module, QuantizedLinear):
+            target = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+        saved = dict(target._parameters)
+        for attribute in names:
+            shape = saved[attribute].shape  # type: ignore[union-attr]
+            target._parameters[attribute] = nn.Parameter(torch.zeros(shape, dtype=torch.float32))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_for(self.seed, "initialization", *sorted(names.values())))
+            self.model._init_weights(target)
+        found = {attribute: target._parameters[attribute].data for attribute in names}  # type: ignore[union-attr]
+        if target is module:
+            target._parameters.update(saved)
+        return found
+
+
+def pretrained_source(directory: Path, model: Any, dtype: torch.dtype, allow_remote_code: bool) -> WeightSource:
+    """Unit-by-unit reading where every tensor has the model's own name, else transformers' conversion."""
+    source = PretrainedWeights(directory, model.base_model_prefix)
+    names = [name for name, _ in model.named_parameters()]
+    if all(source.resolve(name) is not None for name in names):
+        return source
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    if get_model_conversion_mapping(model):
+        return ConvertedWeights(directory, dtype, allow_remote_code)
+    missing = [name for name in names if source.resolve(name) is None]
+    raise ModelError(
+        f"{directory}: its safetensors lack {len(missing)} of the model's {len(names)} tensors, first '{missing[0]}'; "
+        "config.json and weights do not belong together"
+    )
+
+
+class ModelLoader:
+    """Materialises units on ``device`` in the right dtype and hands each to the engine's ``shard``."""
+
+    def __init__(
+        self,
+        model: Any,
+        tuner: Tuner,
+        source: WeightSource,
+        device: torch.device,
+        trained: Callable[[str], torch.Tensor] | None = None,
+    ) -> None:
+        self.model, self.tuner, self.source, self.device = model, tuner, source, device
+        self.trained = trained  # weights of a checkpoint that is resumed, by name
+        self._done: dict[int, nn.Parameter] = {}  # tied parameters stay one object
+        self._resumed: dict[int, nn.Parameter] = {}
+        self._keep: list[nn.Parameter] = []  # ids are unique only while the objects live
+
+    def load(self, shard: Callable[[nn.Module], None]) -> None:
+        """Every decoder layer, then the rest. ``shard`` sees each layer right after it is filled."""
+        names, layers = decoder_layers(self.model)
+        for name, layer in zip(names, layers, strict=True):
+            self._fill_unit(layer, name)
+            shard(layer)
+        self._fill_unit(self.model, "")
+        self.model.to(self.device)  # buffers; parameters are there already
+        left = [n for n, p in self.model.named_parameters() if p.device.type == "meta"]
+        assert not left, f"parameters never filled: {left[:3]}"
+
+    def _fill_unit(self, unit: nn.Module, prefix: str) -> None:
+        for name, module in unit.named_modules(prefix=prefix):
+            self._fill_module(module, name)
+        for name, module in unit.named_modules(prefix=prefix):
+            if _has_meta(module):
+                self.tuner.initialize(module, name)
+        if self.trained is not None:
+            for name, parameter in unit.named_parameters(prefix=prefix):
+                if parameter.requires_grad and id(parameter) not in self._resumed:
+                    parameter.data.copy_(self.trained(name))
+                    self._resumed[id(parameter)] = parameter
+        self.source.close_unit()
+
+    def _fill_module(self, module: nn.Module, name: str) -> None:
+        wanted = {}
+        for attribute, parameter in module._parameters.items():
+            full = f"{name}.{attribute}" if name else attribute
+            if parameter is None or parameter.device.type != "meta" or self.tuner.owns(full):
+                continue
+            if id(parameter) in self._done:
+                setattr(module, attribute, self._done[id(parameter)])
+            else:
+                wanted[attribute] = self.tuner.source_name(full)
+        if not wanted:
+            return
+        for attribute, tensor in self.source.fill(module, wanted).items():
+            if isinstance(module, QuantizedLinear) and attribute == "weight":
+                module.quantize(tensor.to(self.device, module.compute_dtype))
+                continue
+            old = module._parameters[attribute]
+            assert old is not None
+            dtype = torch.float32 if old.requires_grad else self.tuner.compute_dtype
+            fresh = nn.Parameter(tensor.to(self.device, dtype, copy=True), requires_grad=old.requires_grad)
+            self._done[id(old)] = fresh
+            self._keep.append(old)
+            setattr(module, attribute, fresh)
+
+
+def _has_meta(module: nn.Module) -> bool:
+    return any(parameter.device.type == "meta" for parameter in module.parameters())
+
+
+def _tensor_files(directory: Path) -> dict[str, str]:
+    """Tensor name -> file name, from the index or the single file's header."""
+    from safetensors import SafetensorError, safe_open
+
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        return dict(json.loads(index.read_text())["weight_map"])
+    single = directory / "model.safetensors"
+    if not single.exists():
+        raise ModelError(f"{directory}: no model.safetensors and no index of shards; weights must be safetensors")
+    try:
+        with safe_open(single, framework="pt") as handle:
+            return dict.fromkeys(handle.keys(), single.name)
+    except SafetensorError as error:
+        raise ModelError(f"{single}: not a whole safetensors file ({error}); fetch it again") from error
