@@ -1,1 +1,1 @@
-"""What a user installs: the finetune command, the Python client, the local backend."""
+"""The ``finetune`` command: judge a manifest, show its plan, run it on this machine."""
