@@ -24,7 +24,9 @@ _S3_VARIABLES = {
     "AWS_SESSION_TOKEN": "session_token",
     "AWS_WEB_IDENTITY_TOKEN_FILE": "web_identity_token_file",
     "AWS_ROLE_ARN": "role_arn",
+    "AWS_SKIP_SIGNATURE": "skip_signature",
 }
+_CONTAINER_VARIABLES = ("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI")
 _GS_VARIABLES = {
     "GOOGLE_APPLICATION_CREDENTIALS": "application_credentials",
     "GOOGLE_SERVICE_ACCOUNT": "service_account",
@@ -74,6 +76,8 @@ def connect(locator: ObjectLocator, access: Access, environment: Mapping[str, st
     builders = {"s3": _connect_s3, "gs": _connect_gs, "az": _connect_az}
     try:
         return builders[locator.scheme](locator, access, environment)
+    except StorageError:
+        raise
     except Exception:
         # The library's text may repeat a value of the configuration.
         variables = {"s3": _S3_VARIABLES, "gs": _GS_VARIABLES, "az": _AZ_VARIABLES}[locator.scheme]
@@ -84,12 +88,23 @@ def connect(locator: ObjectLocator, access: Access, environment: Mapping[str, st
 
 def _connect_s3(locator: ObjectLocator, access: Access, environment: Mapping[str, str]) -> S3Store:
     config: dict[str, Any] = _from_environment(_S3_VARIABLES, environment)
+    if access.endpoint and ".amazonaws.com" not in access.endpoint and not _has_s3_credentials(environment):
+        # Only Amazon's own machines offer credentials without variables; asking there would take half a minute.
+        raise StorageError(
+            f"No credentials for {locator.scheme}://{locator.bucket} at {access.endpoint}: "
+            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_SKIP_SIGNATURE=true for a public bucket)."
+        )
     path_style = access.path_style if access.path_style is not None else access.endpoint is not None
     config["virtual_hosted_style_request"] = not path_style
     config["region"] = access.region or "us-east-1"
     if access.endpoint:
         config["endpoint"] = access.endpoint if path_style else _with_bucket(access.endpoint, locator.bucket)
     return S3Store(locator.bucket, config=config, **_transport(access.endpoint, access))  # type: ignore[arg-type]
+
+
+def _has_s3_credentials(environment: Mapping[str, str]) -> bool:
+    names = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_SKIP_SIGNATURE", *_CONTAINER_VARIABLES)
+    return any(environment.get(name) for name in names)
 
 
 def _connect_gs(locator: ObjectLocator, access: Access, environment: Mapping[str, str]) -> GCSStore:

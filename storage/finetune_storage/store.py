@@ -152,10 +152,11 @@ class ObjectStore:
         return b"".join(self.stream(path))
 
     def get_range(self, path: str, start: int, end: int) -> bytes:
-        """Bytes ``start`` to ``end`` (exclusive, cut at the object's end).
+        """Bytes ``start`` to ``end`` (exclusive, cut at the object's end) of an object that has more than ``start``.
 
         Raises:
             ObjectNotFound: there is no such object.
+            StorageError: it ends before ``start``.
         """
         if end <= start:
             return b""

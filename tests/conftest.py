@@ -1,0 +1,38 @@
+"""Fixtures that several rooms' tests share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from tests.s3 import server_module
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A running S3 server with a bucket ``bucket``; tests must not stop it."""
+    server = _start(tmp_path_factory.mktemp("s3"))
+    server.create_bucket("bucket")
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def own_s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A running S3 server that a test may stop and start again."""
+    server = _start(tmp_path_factory.mktemp("s3"))
+    server.create_bucket("bucket")
+    yield server
+    server.stop()
+
+
+def _start(directory: Any) -> Any:
+    module = server_module()
+    try:
+        return module.S3Server(directory).start()
+    except module.ServerUnavailable as error:
+        if os.environ.get("CI"):
+            pytest.fail(f"the S3 tests must run in CI: {error}")
+        pytest.skip(f"S3 TESTS NOT RUN: {error}")

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from finetune_api.report import ArtifactManifest, FileEntry
+from finetune_storage import (
+    DamagedBundle,
+    ObjectNotFound,
+    ObjectStore,
+    StorageError,
+    commit,
+    delete_bundle,
+    fetch_artifact,
+    fetch_bundle,
+    find_artifact,
+    list_bundles,
+    read_manifest,
+    verify_bundle,
+    write_file,
+)
+from finetune_storage.artifact import write_pointer
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ObjectStore:
+    return ObjectStore.open(f"file://{tmp_path}/bucket")
+
+
+def _manifest(files: tuple[FileEntry, ...]) -> ArtifactManifest:
+    return ArtifactManifest(
+        job={},
+        format="Adapter",
+        base_model={},
+        dataset={},
+        seed=1,
+        versions={},
+        config={},
+        plan={},
+        metrics={},
+        files=files,
+        created_at="2026-01-01T00:00:00+00:00",
+    )
+
+
+def _bundle(store: ObjectStore, name: str) -> str:
+    place = store.child(name)
+    files = tuple(write_file(place, path, path.encode() * 100) for path in ("a.bin", "deep/b.bin", "c.bin"))
+    return commit(store, name, _manifest(files))
+
+
+def test_a_bundle_exists_when_its_manifest_does(store: ObjectStore, tmp_path: Path) -> None:
+    write_file(store.child("one"), "a.bin", b"1")
+    assert list_bundles(store) == []
+    with pytest.raises(ObjectNotFound):
+        fetch_bundle(store, "one", ArtifactManifest, tmp_path / "copy")
+    sha256 = _bundle(store, "two")
+    assert list_bundles(store) == ["two"]
+    assert sha256 == hashlib.sha256(store.get("two/manifest.json")).hexdigest()
+    manifest = fetch_bundle(store, "two", ArtifactManifest, tmp_path / "copy")
+    assert (manifest, sha256) == read_manifest(store, "two", ArtifactManifest)
+    assert (tmp_path / "copy" / "deep" / "b.bin").read_bytes() == b"deep/b.bin" * 100
+
+
+def test_every_fault_of_a_bundle_is_listed(store: ObjectStore, tmp_path: Path) -> None:
+    _bundle(store, "x")
+    directory = store.local_directory
+    assert directory is not None
+    (directory / "x/a.bin").write_bytes(b"short")
+    flipped = bytearray((directory / "x/c.bin").read_bytes())
+    flipped[7] ^= 1
+    (directory / "x/c.bin").write_bytes(bytes(flipped))
+    (directory / "x/deep/b.bin").unlink()
+    found = hashlib.sha256(bytes(flipped)).hexdigest()[:12]
+    expected = hashlib.sha256(b"c.bin" * 100).hexdigest()[:12]
+    problems = (
+        "'a.bin' has 5 bytes instead of 500.",
+        "'deep/b.bin' is missing.",
+        f"'c.bin' has sha256 {found}… instead of {expected}….",
+    )
+    with pytest.raises(DamagedBundle) as caught:
+        fetch_bundle(store, "x", ArtifactManifest, tmp_path / "copy")
+    assert caught.value.problems == problems
+    assert str(caught.value) == f"{store.uri}x/ is damaged: {' '.join(problems)}"
+    assert not (tmp_path / "copy").exists()
+    with pytest.raises(DamagedBundle) as verified:
+        verify_bundle(store, "x", read_manifest(store, "x", ArtifactManifest)[0])
+    assert verified.value.problems == problems
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"files": 3}'])
+def test_an_unreadable_manifest_is_damage(store: ObjectStore, content: bytes) -> None:
+    store.put("x/manifest.json", content)
+    with pytest.raises(DamagedBundle, match=r"manifest.json is not readable"):
+        read_manifest(store, "x", ArtifactManifest)
+
+
+@pytest.mark.parametrize("path", ["../escape", "/etc/passwd", "a/../../b"])
+def test_a_manifest_cannot_write_outside_its_directory(store: ObjectStore, tmp_path: Path, path: str) -> None:
+    entry = FileEntry(path=path, sha256="0" * 64, bytes=1)
+    commit(store, "x", _manifest((entry,)))
+    with pytest.raises(DamagedBundle) as caught:
+        fetch_bundle(store, "x", ArtifactManifest, tmp_path / "copy")
+    assert caught.value.problems == (f"'{path}' is not a path inside the bundle.",)
+
+
+def test_a_failed_fetch_keeps_what_was_there(store: ObjectStore, tmp_path: Path) -> None:
+    _bundle(store, "x")
+    fetch_bundle(store, "x", ArtifactManifest, tmp_path / "copy")
+    store.put("x/a.bin", b"damaged")
+    with pytest.raises(DamagedBundle):
+        fetch_bundle(store, "x", ArtifactManifest, tmp_path / "copy")
+    assert (tmp_path / "copy" / "a.bin").read_bytes() == b"a.bin" * 100
+
+
+def test_deleting_a_bundle_leaves_nothing(store: ObjectStore) -> None:
+    _bundle(store, "x")
+    delete_bundle(store, "x")
+    assert store.list() == []
+
+
+def test_an_artifact_is_found_by_its_own_uri_and_by_the_jobs_prefix(store: ObjectStore, tmp_path: Path) -> None:
+    sha256 = _bundle(store, "artifacts/abc")
+    write_pointer(store, "artifacts/abc", sha256)
+    for place in (store, store.child("artifacts/abc")):
+        found, _, digest = find_artifact(place)
+        assert (found.uri, digest) == (f"{store.uri}artifacts/abc/", sha256)
+    fetch_artifact(store, tmp_path / "copy", manifest_sha256=sha256)
+    assert (tmp_path / "copy" / "a.bin").exists()
+
+
+def test_another_manifest_than_the_reported_one_is_refused(store: ObjectStore, tmp_path: Path) -> None:
+    sha256 = _bundle(store, "artifacts/abc")
+    with pytest.raises(DamagedBundle) as caught:
+        fetch_artifact(store.child("artifacts/abc"), tmp_path / "copy", manifest_sha256="0" * 64)
+    assert caught.value.problems == (f"manifest.json has sha256 {sha256[:12]}… instead of 000000000000….",)
+    write_pointer(store, "artifacts/abc", "0" * 64)
+    with pytest.raises(DamagedBundle) as caught:
+        fetch_artifact(store, tmp_path / "copy")
+    assert caught.value.problems == ("manifest.json is not the one that latest.json names.",)
+
+
+def test_an_artifact_that_is_not_there_is_named(store: ObjectStore, tmp_path: Path) -> None:
+    with pytest.raises(ObjectNotFound) as caught:
+        fetch_artifact(store, tmp_path / "copy")
+    assert str(caught.value) == f"No artifact is published at {store.uri}; give the URI that the job reported."
+
+
+def test_a_full_destination_is_not_overwritten(store: ObjectStore, tmp_path: Path) -> None:
+    (tmp_path / "precious").write_bytes(b"1")
+    with pytest.raises(StorageError) as caught:
+        fetch_artifact(store, tmp_path)
+    assert str(caught.value) == f"'{tmp_path}' is not empty; choose another directory for the artifact."
