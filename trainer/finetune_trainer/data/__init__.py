@@ -2,6 +2,19 @@
 
 from finetune_trainer.data.batching import Batch, collate, deal
 from finetune_trainer.data.dataset import PreparedData, Sample, TokenDataset
+from finetune_trainer.data.prepare import prepare
 from finetune_trainer.data.stream import SampleStream
+from finetune_trainer.data.tokenizing import check_tokenizer, load_tokenizer
 
-__all__ = ["Batch", "PreparedData", "Sample", "SampleStream", "TokenDataset", "collate", "deal"]
+__all__ = [
+    "Batch",
+    "PreparedData",
+    "Sample",
+    "SampleStream",
+    "TokenDataset",
+    "check_tokenizer",
+    "collate",
+    "deal",
+    "load_tokenizer",
+    "prepare",
+]

@@ -1,0 +1,188 @@
+"""From the URIs of a spec to files on local disk."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune_api.errors import DataError, StorageUnavailable
+from finetune_api.spec import Dataset, DataSource
+from finetune_storage import ObjectStore, parse_uri, split_uri
+
+SUFFIXES = (
+    ".jsonl",
+    ".json",
+    ".ndjson",
+    ".jsonl.gz",
+    ".json.gz",
+    ".jsonl.zst",
+    ".json.zst",
+    ".parquet",
+    ".arrow",
+    ".feather",
+    ".ipc",
+    ".csv",
+    ".csv.gz",
+    ".csv.zst",
+)
+_KNOWN = ".jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow, .feather, .csv"
+_WILDCARDS = re.compile(r"[*?\[]")
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One local file of a source. ``name`` is what messages and origins call it."""
+
+    path: Path
+    name: str
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source of the spec with its files, sorted by path."""
+
+    place: str  # spec.dataset.train[0]
+    spec: DataSource
+    validation: bool
+    files: tuple[SourceFile, ...]
+
+
+def fetch_sources(dataset: Dataset, cache: Path) -> list[Source]:
+    """Lists every source and brings its files onto local disk (``file://`` is read where it lies).
+
+    Raises:
+        DataError: a source has no file that can be read.
+        StorageError, StorageUnavailable: object storage refused or did not answer.
+    """
+    named = [(f"spec.dataset.train[{i}]", source, False) for i, source in enumerate(dataset.train)]
+    held_out = dataset.validation.sources if dataset.validation else ()
+    named += [(f"spec.dataset.validation.sources[{i}]", source, True) for i, source in enumerate(held_out)]
+    return [
+        Source(place, source, validation, tuple(_fetch(place, source, cache))) for place, source, validation in named
+    ]
+
+
+def matches(path: str, pattern: str) -> bool:
+    """Glob over ``/``-separated paths: ``*`` stays within a segment, ``**`` spans any number of them."""
+    return _segments_match(path.split("/"), pattern.split("/"))
+
+
+def _segments_match(path: list[str], pattern: list[str]) -> bool:
+    if not pattern:
+        return not path
+    if pattern[0] == "**":
+        return any(_segments_match(path[skip:], pattern[1:]) for skip in range(len(path) + 1))
+    return bool(path) and fnmatch.fnmatchcase(path[0], pattern[0]) and _segments_match(path[1:], pattern[1:])
+
+
+def _fetch(place: str, source: DataSource, cache: Path) -> list[SourceFile]:
+    if source.uri.startswith("hf://"):
+        return [_described(path, name) for path, name in _fetch_hub(place, source.uri, cache)]
+    if parse_uri(source.uri).scheme == "file":
+        return [_described(path, name) for path, name in _find_local(place, source.uri)]
+    return _fetch_objects(place, source, cache)
+
+
+def _find_local(place: str, uri: str) -> list[tuple[Path, str]]:
+    parent_uri, pattern = split_uri(uri)
+    parent = Path(parse_uri(parent_uri).path)
+    if not _WILDCARDS.search(pattern):
+        whole = parent / pattern
+        if whole.is_file():
+            _check_suffix(place, whole.name)
+            return [(whole, whole.name)]
+        if not whole.exists():
+            raise DataError(f"{place}.uri: {uri} does not exist; correct the path")
+        parent, pattern = whole, "**"
+    found = [path for path in parent.rglob("*") if path.is_file()] if parent.is_dir() else []
+    names = _select(place, uri, [path.relative_to(parent).as_posix() for path in found], pattern)
+    return [(parent / name, name) for name in names]
+
+
+def _fetch_objects(place: str, source: DataSource, cache: Path) -> list[SourceFile]:
+    parent, pattern = split_uri(source.uri)
+    store = ObjectStore.open(parent, endpoint=source.endpoint, region=source.region, path_style=source.path_style)
+    if not _WILDCARDS.search(pattern):
+        if pattern and store.exists(pattern):
+            _check_suffix(place, pattern)
+        else:
+            store, pattern = (store.child(pattern) if pattern else store), "**"
+    infos = {info.path: info for info in store.list()} if _WILDCARDS.search(pattern) else {pattern: store.head(pattern)}
+    names = _select(place, source.uri, list(infos), pattern)
+    files = []
+    for name in names:
+        info = infos[name]
+        identity = f"{store.join(name)}\n{info.bytes}\n{info.etag}\n{info.modified.isoformat()}"
+        target = cache / "sources" / hashlib.sha256(identity.encode()).hexdigest()[:32] / Path(name).name
+        if not target.exists():
+            store.download(name, target)
+        files.append(_described(target, name))
+    return files
+
+
+def _fetch_hub(place: str, uri: str, cache: Path) -> list[tuple[Path, str]]:
+    """``hf://owner/name/path`` (also ``hf://datasets/owner/name/path``), globs allowed."""
+    import huggingface_hub as hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    segments = uri.removeprefix("hf://").removeprefix("datasets/").strip("/").split("/")
+    if len(segments) < 2:
+        raise DataError(f"{place}.uri: {uri} names no data set; write hf://owner/name/path")
+    repository, pattern = "/".join(segments[:2]), "/".join(segments[2:]) or "**"
+    try:
+        revision = hub.HfApi().dataset_info(repository).sha
+        listed = hub.HfApi().list_repo_files(repository, repo_type="dataset", revision=revision)
+        if pattern in listed:
+            _check_suffix(place, pattern)
+        elif not _WILDCARDS.search(pattern):
+            pattern += "/**"
+        names = _select(place, uri, listed, pattern)
+        return [
+            (
+                Path(
+                    hub.hf_hub_download(
+                        repository, name, repo_type="dataset", revision=revision, cache_dir=cache / "hub"
+                    )
+                ),
+                name,
+            )
+            for name in names
+        ]
+    except RepositoryNotFoundError as error:
+        raise DataError(
+            f"{place}.uri: the hub shows no data set {repository} to these credentials; check the name and HF_TOKEN"
+        ) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ConnectionError) as error:
+        raise StorageUnavailable(
+            f"{place}.uri: the hub did not give {uri} ({type(error).__name__}); "
+            "check the network, or copy the data set to object storage"
+        ) from error
+
+
+def _select(place: str, uri: str, paths: list[str], pattern: str) -> list[str]:
+    """Paths that the pattern wants and that can be read; hidden files (``.x``, ``_SUCCESS``) are not data."""
+    visible = [path for path in paths if not any(part.startswith((".", "_")) for part in path.split("/"))]
+    wanted = sorted(path for path in visible if matches(path, pattern))
+    readable = [path for path in wanted if path.lower().endswith(SUFFIXES)]
+    if readable:
+        return readable
+    if wanted:
+        named = ", ".join(wanted[:3]) + (" ..." if len(wanted) > 3 else "")
+        raise DataError(f"{place}.uri: {uri} matches {named} but no data file; give files that end in {_KNOWN}")
+    raise DataError(f"{place}.uri: {uri} matches no file; correct the path or the pattern")
+
+
+def _check_suffix(place: str, name: str) -> None:
+    if not name.lower().endswith(SUFFIXES):
+        raise DataError(f"{place}.uri: {name} is not a known kind of data file; give files that end in {_KNOWN}")
+
+
+def _described(path: Path, name: str) -> SourceFile:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return SourceFile(path, name, digest, path.stat().st_size)
