@@ -1,0 +1,177 @@
+"""Publication onto a directory and onto a real S3 server, undisturbed and killed at random moments."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune_storage import DamagedBundle, ObjectStore, StorageError, fetch_artifact, find_artifact, verify_bundle
+from finetune_trainer.publish import ArtifactDescription, package_versions, publish
+
+DESCRIPTION = ArtifactDescription(
+    job={"namespace": "default", "name": "job", "uid": "u1"},
+    format="Adapter",
+    base_model={"uri": "hf://org/base", "revision": "0" * 40, "configSha256": "1" * 64},
+    dataset={"digest": "2" * 64, "counts": {"train": 10}},
+    seed=42,
+    config={"model": {"uri": "hf://org/base"}},
+    plan={"worldSize": 2},
+    metrics={"validationLoss": 1.5},
+)
+
+
+@pytest.fixture(params=["file", pytest.param("s3", marks=pytest.mark.s3)])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ObjectStore]:
+    if request.param == "file":
+        yield ObjectStore.open(f"file://{tmp_path}/out/default/job/u1")
+    else:
+        server: Any = request.getfixturevalue("s3_server")
+        yield ObjectStore.open(f"s3://bucket/{tmp_path.name}/job/u1", environment=server.environment, retry_seconds=5)
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    directory = tmp_path / "artifact"
+    directory.mkdir()
+    (directory / "adapter_config.json").write_text("{}")
+    (directory / "adapter_model.safetensors").write_bytes(b"weights" * 1000)
+    return directory
+
+
+def test_an_artifact_is_published_verified_and_fetched(store: ObjectStore, artifact: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    report.write_text('{"steps": []}')
+    published = publish(store, artifact, DESCRIPTION, {"report.json": report})
+    assert (published.files, published.bytes) == (3, 2 + 7000 + 13)
+    assert published.uri.startswith(f"{store.uri}artifacts/")
+    manifest = fetch_artifact(store, tmp_path / "copy", manifest_sha256=published.manifest_sha256)
+    assert [entry.path for entry in manifest.files] == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "report.json",
+    ]
+    assert manifest.base_model == DESCRIPTION.base_model
+    assert manifest.versions == package_versions()
+    assert (tmp_path / "copy" / "adapter_model.safetensors").read_bytes() == b"weights" * 1000
+    assert fetch_artifact(store.at(published.uri), tmp_path / "other") == manifest
+
+
+def test_publishing_twice_changes_nothing(store: ObjectStore, artifact: Path) -> None:
+    first = publish(store, artifact, DESCRIPTION)
+    listed = store.list()
+    assert publish(store, artifact, DESCRIPTION) == first
+    assert store.list() == listed
+
+
+def test_another_content_gets_another_directory_and_the_pointer(store: ObjectStore, artifact: Path) -> None:
+    first = publish(store, artifact, DESCRIPTION)
+    second = publish(store, artifact, replace(DESCRIPTION, metrics={"validationLoss": 1.25}))
+    (artifact / "adapter_model.safetensors").write_bytes(b"better!" * 1000)
+    third = publish(store, artifact, DESCRIPTION)
+    assert len({first.uri, second.uri, third.uri}) == 3
+    assert find_artifact(store)[0].uri == third.uri
+    for published in (first, second):
+        place, manifest, _ = find_artifact(store.at(published.uri))
+        verify_bundle(place, "", manifest)
+
+
+@pytest.mark.parametrize("fault", ["truncated", "flipped", "missing", "manifest"])
+def test_damage_is_noticed_and_mended_by_publishing_again(
+    store: ObjectStore, artifact: Path, tmp_path: Path, fault: str
+) -> None:
+    place = store.at(publish(store, artifact, DESCRIPTION).uri)
+    name = "manifest.json" if fault == "manifest" else "adapter_model.safetensors"
+    content = place.get(name)
+    if fault == "missing":
+        place.delete(name)
+    else:
+        place.put(name, content[:-1] if fault != "flipped" else bytes([content[0] ^ 1]) + content[1:])
+    with pytest.raises(DamagedBundle, match="manifest.json" if fault == "manifest" else "adapter_model.safetensors"):
+        fetch_artifact(store, tmp_path / "copy")
+    publish(store, artifact, DESCRIPTION)
+    fetch_artifact(store, tmp_path / "copy")
+
+
+def test_an_unfinished_publication_is_invisible_and_removed_by_the_next(store: ObjectStore, artifact: Path) -> None:
+    store.put("artifacts/0123456789ab/adapter_model.safetensors", b"half")
+    publish(store, artifact, DESCRIPTION)
+    assert not [info.path for info in store.list() if "0123456789ab" in info.path]
+
+
+def test_nothing_to_publish_is_refused(store: ObjectStore, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(StorageError) as caught:
+        publish(store, tmp_path / "empty", DESCRIPTION)
+    assert str(caught.value) == f"'{tmp_path}/empty' holds no file to publish; the trainer wrote nothing there."
+
+
+_PUBLISHER = """
+import dataclasses, json, pathlib, sys
+from finetune_storage import ObjectStore
+from finetune_trainer.publish import publish
+from tests.unit.trainer.test_publish import DESCRIPTION
+store, directory, version = ObjectStore.open(sys.argv[1]), pathlib.Path(sys.argv[2]), int(sys.argv[3])
+print("ready", flush=True)
+while True:
+    version += 1
+    for part in range(3):
+        (directory / f"part-{part}").write_bytes(version.to_bytes(4, "big") * 250_000)
+    publish(store, directory, dataclasses.replace(DESCRIPTION, seed=version))
+    print(version, flush=True)
+"""
+
+
+def _whole_version(store: ObjectStore, destination: Path) -> int:
+    """Fetch (which verifies every digest) and check that all parts are of one version."""
+    manifest = fetch_artifact(store, destination)
+    for part in range(3):
+        assert (destination / f"part-{part}").read_bytes() == manifest.seed.to_bytes(4, "big") * 250_000
+    return manifest.seed
+
+
+def test_a_kill_at_any_moment_leaves_the_old_or_the_new_artifact(
+    store: ObjectStore, tmp_path: Path, request: Any
+) -> None:
+    server = request.getfixturevalue("s3_server") if store.uri.startswith("s3") else None
+    environment = {**os.environ, **(server.environment if server else {}), "PYTHONPATH": os.getcwd()}
+    dice, version = random.Random(0), 0
+    for turn in range(6):
+        directory = tmp_path / f"turn-{turn}"
+        directory.mkdir()
+        child = subprocess.Popen(
+            [sys.executable, "-c", _PUBLISHER, store.uri, str(directory), str(version)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        if turn == 0:
+            assert child.stdout.readline() == "1\n"  # from now on there is an old artifact
+        time.sleep(dice.uniform(0.0, 0.25))
+        child.send_signal(signal.SIGKILL)
+        reported = [int(line) for line in child.stdout.read().split()]
+        assert child.wait() == -signal.SIGKILL
+        found = _whole_version(store, tmp_path / f"copy-{turn}")
+        latest = max([version, *reported, 1 if turn == 0 else version])
+        assert latest <= found <= latest + 1
+        version = found
+
+
+def test_the_manifest_is_json_for_other_tools(store: ObjectStore, artifact: Path) -> None:
+    published = publish(store, artifact, DESCRIPTION)
+    content = json.loads(store.at(published.uri).get("manifest.json"))
+    assert content["baseModel"] == {"uri": "hf://org/base", "revision": "0" * 40, "configSha256": "1" * 64}
+    assert content["files"][0]["path"] == "adapter_config.json"
+    assert content["createdAt"].endswith("+00:00")
