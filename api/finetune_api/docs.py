@@ -34,7 +34,7 @@ def finetunejob_page() -> str:
         f"`{API_GROUP}/{API_VERSION}`, namespaced, short name `ftj`. The smallest useful job:\n",
         _SMALLEST,
         "Everything else has a default; what was chosen for you stands in `status.plan.decisions` with its reason.",
-        "Unknown fields are refused. Lists show as `[]`. A field without default and not marked required may be absent.\n",
+        "Unknown fields are refused. Lists show as `[]`. A field without default that is not required may be absent.\n",
     ]
     for root, model in (("spec", FineTuneJobSpec), ("status", FineTuneJobStatus)):
         lines += _section(schema_of(model, root), root)

@@ -28,7 +28,7 @@ class Problem:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = str(value).lower() if isinstance(value, bool) else repr(value)
     return text if len(text) <= 120 else text[:117] + "..."
 
 

@@ -130,7 +130,7 @@ def _problem(model: type[SchemaModel], entry: Mapping[str, Any], location: Path,
 def _text_problem(kind: str, value: str, context: Mapping[str, Any]) -> tuple[str, str, str]:
     if kind == "string_pattern_mismatch":
         rule, remedy = pattern_sentence(context["pattern"])
-        return value, rule, remedy
+        return without_secrets(value), rule, remedy
     if kind == "string_too_short":
         return value, "must not be empty" if context["min_length"] == 1 else "is too short", "write it out"
     return value, f"must have at most {context['max_length']} characters", "shorten it"
@@ -153,9 +153,8 @@ def _within(model: type[SchemaModel], location: Path) -> str:
     """The whole range of a bounded number."""
     bounds = bounds_of(field) if (field := field_at(model, location)) else {}
     low = f"above {_number(bounds['gt'])}" if "gt" in bounds else f"from {_number(bounds.get('ge', 0))}"
-    high = f"below {_number(bounds['lt'])}" if "lt" in bounds else f"to {_number(bounds['le'])}"
-    joint = " and " if "gt" in bounds or "lt" in bounds else " "
-    return f"use a number {low}{joint}{high.replace('to ', 'up to ') if joint == ' and ' else high}"
+    high = f"below {_number(bounds['lt'])}" if "lt" in bounds else f"up to {_number(bounds['le'])}"
+    return f"use a number {low} and {high}"
 
 
 def _number(value: Any) -> str:
