@@ -19,7 +19,7 @@ class SchemaModel(BaseModel):
         allow_inf_nan=False,
         protected_namespaces=(),
         use_enum_values=False,
-        defer_build=True,  # commands that never meet a model do not pay for its validator
+        defer_build=True,  # a command that never meets a model does not pay for its validator
     )
 
 
