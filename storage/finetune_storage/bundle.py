@@ -65,8 +65,11 @@ def write_file(store: ObjectStore, path: str, content: bytes | Path) -> FileEntr
 
 def commit(store: ObjectStore, prefix: str, manifest: SchemaModel) -> str:
     """Write the manifest of a bundle, which makes it exist; returns the manifest's sha256."""
+    place = _below(store, prefix)
     text = manifest.model_dump_json(by_alias=True, indent=2) + "\n"
-    return write_file(_below(store, prefix), MANIFEST, text.encode()).sha256
+    sha256 = write_file(place, MANIFEST, text.encode()).sha256
+    _remove_staging_files(place)
+    return sha256
 
 
 def read_manifest(store: ObjectStore, prefix: str, kind: type[M]) -> tuple[M, str]:
@@ -154,6 +157,16 @@ def delete_bundle(store: ObjectStore, prefix: str) -> None:
     place.delete(MANIFEST)
     for info in place.list():
         place.delete(info.path)
+    if place.local_directory:
+        shutil.rmtree(place.local_directory, ignore_errors=True)
+
+
+def _remove_staging_files(place: ObjectStore) -> None:
+    """Files that a killed writer left in a local directory; the library writes ``name#1`` and renames it."""
+    if place.local_directory:
+        for file in place.local_directory.rglob("*#*"):
+            if file.name.rpartition("#")[2].isdigit():
+                file.unlink(missing_ok=True)
 
 
 def _digest_of(content: bytes | Path) -> tuple[str, int]:

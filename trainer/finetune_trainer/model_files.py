@@ -23,7 +23,7 @@ from finetune_storage import ObjectInfo, ObjectStore, file_digest
 from finetune_trainer.hub_files import fetch_from_hub
 from finetune_trainer.safetensors_check import check_weights
 
-Progress = Callable[[int, int], None]  # bytes on local disk, bytes in all
+Progress = Callable[[str, float | None, float | None], None]  # what, bytes on local disk, bytes in all
 
 DESCRIPTION_PATTERNS = (
     "config.json",
@@ -50,6 +50,7 @@ _NEVER = ("consolidated*.safetensors", "adapter_model.safetensors")  # a second 
 _BELOW = ("*/*.safetensors", "*/*.json", "*/*.model", "*/*.py")  # the hub's patterns cross directories
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _WORKERS = 4
+_DOWNLOADING = "downloading model files (bytes)"
 
 
 def fetch_model(config: TrainerConfig, progress: Progress | None = None) -> Path:
@@ -207,13 +208,13 @@ def _fill(store: ObjectStore, files: list[ObjectInfo], target: Path, progress: P
     missing = [info for info in files if not _has_size(partial / info.path, info.bytes)]
     total = sum(info.bytes for info in files)
     done = total - sum(info.bytes for info in missing)
-    progress(done, total)
+    progress(_DOWNLOADING, done, total)
     with ThreadPoolExecutor(_WORKERS) as pool:
         jobs = {pool.submit(store.download, info.path, partial / info.path): info for info in missing}
         for job, info in jobs.items():
             job.result()
             done += info.bytes
-            progress(done, total)
+            progress(_DOWNLOADING, done, total)
     wrong = [info.path for info in files if not _has_size(partial / info.path, info.bytes)]
     if wrong:
         raise StorageError(
@@ -250,5 +251,5 @@ def _locked(directory: Path, name: str) -> Iterator[None]:
         yield
 
 
-def _silent(_done: int, _total: int) -> None:
+def _silent(_what: str, _done: float | None, _total: float | None) -> None:
     """No one listens."""

@@ -56,11 +56,8 @@ def test_an_artifact_is_published_verified_and_fetched(store: ObjectStore, artif
     assert (published.files, published.bytes) == (3, 2 + 7000 + 13)
     assert published.uri.startswith(f"{store.uri}artifacts/")
     manifest = fetch_artifact(store, tmp_path / "copy", manifest_sha256=published.manifest_sha256)
-    assert [entry.path for entry in manifest.files] == [
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "report.json",
-    ]
+    paths = [entry.path for entry in manifest.files]
+    assert paths == ["adapter_config.json", "adapter_model.safetensors", "report.json"]
     assert manifest.base_model == DESCRIPTION.base_model
     assert manifest.versions == package_versions()
     assert (tmp_path / "copy" / "adapter_model.safetensors").read_bytes() == b"weights" * 1000
@@ -109,6 +106,18 @@ def test_an_unfinished_publication_is_invisible_and_removed_by_the_next(store: O
     assert not [info.path for info in store.list() if "0123456789ab" in info.path]
 
 
+def test_what_a_kill_left_in_a_local_directory_is_removed(artifact: Path, tmp_path: Path) -> None:
+    store = ObjectStore.open(f"file://{tmp_path}/out")
+    first = publish(store, artifact, DESCRIPTION)
+    directory = store.at(first.uri).local_directory
+    assert directory is not None
+    (directory / "manifest.json").unlink()
+    (directory / "adapter_model.safetensors#1").write_bytes(b"half a file that was being written")
+    assert publish(store, artifact, DESCRIPTION).uri == first.uri
+    names = {file.name for file in directory.iterdir()}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "manifest.json"}
+
+
 def test_nothing_to_publish_is_refused(store: ObjectStore, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(StorageError) as caught:
@@ -141,9 +150,9 @@ def _whole_version(store: ObjectStore, destination: Path) -> int:
 
 
 def test_a_kill_at_any_moment_leaves_the_old_or_the_new_artifact(
-    store: ObjectStore, tmp_path: Path, request: Any
+    store: ObjectStore, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    server = request.getfixturevalue("s3_server") if store.uri.startswith("s3") else None
+    server: Any = request.getfixturevalue("s3_server") if store.uri.startswith("s3") else None
     environment = {**os.environ, **(server.environment if server else {}), "PYTHONPATH": os.getcwd()}
     dice, version = random.Random(0), 0
     for turn in range(6):
