@@ -154,7 +154,9 @@ def _within(model: type[SchemaModel], location: Path) -> str:
     bounds = bounds_of(field) if (field := field_at(model, location)) else {}
     low = f"above {_number(bounds['gt'])}" if "gt" in bounds else f"from {_number(bounds.get('ge', 0))}"
     high = f"below {_number(bounds['lt'])}" if "lt" in bounds else f"up to {_number(bounds['le'])}"
-    return f"use a number {low} and {high}"
+    if "ge" in bounds and "le" in bounds:
+        high = f"to {_number(bounds['le'])}"
+    return f"use a number {low} {high}" if high.startswith("to ") else f"use a number {low} and {high}"
 
 
 def _number(value: Any) -> str:

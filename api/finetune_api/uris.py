@@ -41,7 +41,7 @@ def uri_trouble(uri: str, is_model: bool) -> tuple[str, str] | None:
     if "@" in rest:
         return "contains '@'", "rename the object, or move it"
     if scheme == "file" and not rest.startswith("/"):
-        return "is not absolute", "write file:///absolute/path with three slashes"
+        return "is not absolute", "write file:///absolute/path, or file://./path beside the manifest"
     if any(part in {".", ".."} for part in rest.split("/")):
         return "contains '.' or '..'", "write the path out"
     return None

@@ -21,7 +21,7 @@ MAXIMUM_NODES = 20_000  # after aliases are expanded
 _TAG = "tag:yaml.org,2002:"
 _INTEGER = re.compile(r"^[-+]?(0|[1-9][0-9]*)$")
 _BASED = re.compile(r"^0(x[0-9a-fA-F]+|o[0-7]+)$")
-_FLOAT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$")
+_FLOAT = re.compile(r"^[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?$")
 _CONSTANTS: dict[str, Any] = {"true": True, "false": False, "null": None, "~": None, "": None}
 _SYNTAX: tuple[tuple[str, str, str], ...] = (  # part of the scanner's words, rule, remedy
     (r"'\t' that cannot start", "a tab is used for indentation", "indent with spaces"),
@@ -42,6 +42,14 @@ _SYNTAX: tuple[tuple[str, str, str], ...] = (  # part of the scanner's words, ru
     ("end of stream", "a quote is not closed", "close it"),
     ("expected <block end>", "the indentation does not fit the lines above", "align the fields of one block"),
     ("could not find expected ':'", "a line is neither 'name: value' nor part of one", "add the ':' or quote the text"),
+    ("expected the node content", "a bracket, comma or '-' stands where a value is expected", "quote the value"),
+    ("scanning an anchor", "a value starts with '&', which has a meaning in YAML", "quote the value"),
+    ("scanning an alias", "a value starts with '*', which has a meaning in YAML", "quote the value"),
+    ("tag", "a value starts with '!', which has a meaning in YAML", "quote the value"),
+    ("block scalar", "a value starts with '|' or '>', which has a meaning in YAML", "quote the value"),
+    ("are not allowed here", "a '?' or '-' stands where no item can begin", "quote the value"),
+    ("directive", "a line starts with '%', which has a meaning in YAML", "remove it"),
+    ("expected '<document start>'", "the text goes on after its end", "check the brackets and the indentation"),
     ("unacceptable character", "the text holds control characters", "remove them"),
     ("special characters", "the text holds control characters", "remove them"),
     ("unknown escape character", r"a text in double quotes holds an unknown '\' escape", "use single quotes"),
