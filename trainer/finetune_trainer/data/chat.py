@@ -66,8 +66,8 @@ class ChatRenderer:
         self._ends_special = re.compile(f"(?:{self._is_special})(\\s*)$")
         self._starts_special = re.compile(f"\\s*(?:{self._is_special})")
 
-    def render(self, record: Record, place: str) -> RenderedChat:
-        """Text and spans of a row; DataError names ``place`` when the template refuses or a span is unproven."""
+    def render(self, record: Record, place: str, spans_needed: bool = True) -> RenderedChat:
+        """Text and spans of a row; DataError names ``place`` when the template refuses or a needed span is unproven."""
         template = self._tokenizer.get_chat_template(None, record.tools or None)
         writer = _Writer(template, record.tools, self._names, place)
         messages = record.messages
@@ -77,17 +77,18 @@ class ChatRenderer:
         else:
             text = writer.write(messages)
             turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-            spans = [self._find(writer, messages, turn, text) for turn in turns]
+            found = [self._find(writer, messages, turn, text, spans_needed) for turn in turns]
+            spans = [span for span in found if span is not None]
         spans = _joined(spans)
-        if messages[-1]["role"] == "assistant":
+        if messages[-1]["role"] == "assistant" and (spans or spans_needed):
             if not spans:
                 raise DataError(f"{place}: the chat template marks no assistant turn of this row; {_REMEDY}")
             text, spans = self._with_end_token(text, spans)
         return RenderedChat(text, tuple(spans))
 
-    def _find(self, writer: _Writer, messages: list[Message], turn: int, text: str) -> Span:
+    def _find(self, writer: _Writer, messages: list[Message], turn: int, text: str, needed: bool) -> Span | None:
         span = self._by_prefix(writer, messages, turn, text) or self._by_sentinel(writer, messages, turn, text)
-        if span is None:
+        if span is None and needed:
             raise DataError(
                 f"{writer.place}: the chat template rewrites messages[{turn}] so that its place in the text cannot be "
                 f"proven; {_REMEDY}"

@@ -76,12 +76,13 @@ def prepare(config: TrainerConfig, model_directory: Path, report_progress: Repor
     home = cache / "data"
     home.mkdir(parents=True, exist_ok=True)
     target = home / job.digest
-    with _lock(home / f".{job.digest}.lock", report_progress):
+    with _lock(home / f".{job.digest}.lock", report_progress) as alone:
         found = _open_whole(target)
         if found is not None:
             report_progress(f"found prepared data ({len(found.train):,} rows)")
             return found
-        _remove_leftovers(home, job.digest)
+        if alone:
+            _remove_leftovers(home, job.digest)
         staging = home / f"{_staging_prefix(job.digest)}{os.getpid()}.{uuid.uuid4().hex[:8]}"
         staging.mkdir()
         try:
@@ -227,8 +228,9 @@ def _digest(dataset: Dataset, sources: list[Source], model_directory: Path) -> s
 
 
 @contextmanager
-def _lock(path: Path, report_progress: ReportProgress) -> Iterator[None]:
-    """One preparer at a time where the file system has locks; without them the rename decides who was first."""
+def _lock(path: Path, report_progress: ReportProgress) -> Iterator[bool]:
+    """One preparer at a time where the file system has locks (True); else the rename decides who was first."""
+    held = True
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -236,8 +238,9 @@ def _lock(path: Path, report_progress: ReportProgress) -> Iterator[None]:
             report_progress("waiting for another process that prepares the same data")
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
+            held = False
             report_progress(f"preparing without a lock, for the cache's file system has none ({error.strerror})")
-        yield
+        yield held
 
 
 def _open_whole(target: Path) -> PreparedData | None:

@@ -164,7 +164,7 @@ class RecordEncoder:
     def render(self, record: Record, place: str) -> tuple[str, tuple[Span, ...]]:
         """The text to tokenise and the spans of it that the model must learn to write."""
         if self._kind is DataFormat.MESSAGES:
-            chat = self._chat.render(record, place)
+            chat = self._chat.render(record, place, spans_needed=self._loss_on is LossOn.COMPLETION)
             return chat.text, chat.spans
         if self._kind is DataFormat.PROMPT_COMPLETION:
             prompt = self._begun(record.prompt)
