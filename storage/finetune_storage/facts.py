@@ -161,6 +161,8 @@ def _estimate_rows(file: SourceFile) -> float | None:
         return None
     head = file.store.get_range(name, 0, min(size, _HEAD_BYTES))
     text = _inflate(head) if name.endswith(".gz") else head
+    if text is None:
+        return None
     lines = text.count(b"\n")
     if len(head) == size:
         return float(lines + (not text.endswith(b"\n")) - name.endswith(".csv"))
@@ -169,11 +171,11 @@ def _estimate_rows(file: SourceFile) -> float | None:
     return lines * size / share if lines else None
 
 
-def _inflate(head: bytes) -> bytes:
+def _inflate(head: bytes) -> bytes | None:
     try:
         return zlib.decompressobj(wbits=31).decompress(head)
     except zlib.error:
-        return b""  # the preparation names the damaged file with its line
+        return None  # the preparation names the damaged file with its line
 
 
 def _parquet_rows(file: SourceFile) -> float | None:

@@ -237,8 +237,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("action", choices=["run", "start", "stop", "build"])
     parser.add_argument("--dir", type=Path, help="where the server keeps objects, metadata and its log")
     parser.add_argument("--bucket", default="finetune")
-    parser.add_argument("command", nargs="*", metavar="COMMAND")
-    options = parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    cut = given.index("--") if "--" in given else len(given)
+    options, command = parser.parse_args(given[:cut]), given[cut + 1 :]
     try:
         if options.action == "build":
             print(binary())
@@ -246,12 +247,12 @@ def main(arguments: list[str] | None = None) -> int:
         if options.dir is None:
             parser.error(f"{options.action} needs --dir")
         if options.action == "run":
-            if not options.command:
+            if not command:
                 parser.error("run needs a command after --")
-            return run(options.dir.absolute(), options.bucket, options.command)
-        return {"start": lambda: start(options.dir.absolute(), options.bucket), "stop": lambda: stop(options.dir)}[
-            options.action
-        ]()
+            return run(options.dir.absolute(), options.bucket, command)
+        if options.action == "start":
+            return start(options.dir.absolute(), options.bucket)
+        return stop(options.dir)
     except ServerUnavailable as error:
         print(error, file=sys.stderr)
         return 3
