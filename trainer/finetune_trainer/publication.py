@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from finetune_api.digests import training_digest
 from finetune_api.report import JobResult, Report, SampleRecord
 from finetune_storage import ObjectStore
 from finetune_trainer.checkpoint import CheckpointReader
@@ -21,6 +22,7 @@ from finetune_trainer.engines.base import Engine
 from finetune_trainer.evaluation import answer
 from finetune_trainer.export import export
 from finetune_trainer.model_card import model_card
+from finetune_trainer.model_files import describe_base_model
 from finetune_trainer.publish import ArtifactDescription, PublishedArtifact, package_versions, publish
 from finetune_trainer.report import write_report
 from finetune_trainer.worker_config import WorkerConfig
@@ -155,7 +157,12 @@ def _description(run: Run, metrics: dict[str, float]) -> ArtifactDescription:
     job = run.job
     facts = run.data.facts
     return ArtifactDescription(
-        job={"namespace": job.job.namespace, "name": job.job.name, "uid": job.job.uid},
+        job={
+            "namespace": job.job.namespace,
+            "name": job.job.name,
+            "uid": job.job.uid,
+            "configDigest": training_digest(job.spec),
+        },
         format=run.plan.output_format.value,
         base_model=_base_model(run),
         dataset={
@@ -172,14 +179,6 @@ def _description(run: Run, metrics: dict[str, float]) -> ArtifactDescription:
 
 
 def _base_model(run: Run) -> dict[str, Any]:
-    from finetune_storage import file_digest
-
-    spec = run.job.spec.model
-    digest, _ = file_digest(Path(run.config.model_directory) / "config.json")
-    known = {"revision": run.plan.model_revision or spec.revision}
-    return {
-        "uri": spec.uri,
-        "initialization": spec.initialization.value,
-        "configSha256": digest,
-        **{key: value for key, value in known.items() if value},
-    }
+    described = describe_base_model(run.job, Path(run.config.model_directory))
+    revision = run.plan.model_revision
+    return {**described, "revision": revision} if revision else described
