@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_api.errors import FineTuneError, SpecError
-from finetune_api.exits import ExitClass
+from finetune_api.exits import Cause, ExitClass
 
 if TYPE_CHECKING:
     from finetune.manifests import Job
@@ -200,6 +200,7 @@ def _tell(result: RunResult, options: argparse.Namespace) -> int:
         print(f"report: {result.report_path}", file=stream)
     if result.exit_code:
         print(f"logs: {result.run_directory}", file=stream)
+    if result.exit_code and result.exit_class.cause is not Cause.USER:
         print(f"to go on from the newest checkpoint: {_again(options)}", file=stream)
     return result.exit_code
 
@@ -212,7 +213,7 @@ def _again(options: argparse.Namespace) -> str:
 def credential_notes(job: Job) -> list[str]:
     """Where Secrets are named: locally the environment is used instead, so say which variables and whether set."""
     spec = job.spec
-    places = [("spec.model", spec.model), ("spec.output", spec.output)]
+    places: list[tuple[str, Model | Output | DataSource]] = [("spec.model", spec.model), ("spec.output", spec.output)]
     places += [(f"spec.dataset.train[{index}]", source) for index, source in enumerate(spec.dataset.train)]
     notes = []
     for place, location in places:
@@ -239,16 +240,16 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _schema(_options: argparse.Namespace) -> int:
-    from finetune_api.json_schema import schema_text
+    from finetune_api.generate import schema_json
 
-    print(schema_text(), end="")
+    print(schema_json(), end="")
     return 0
 
 
 def _crd(_options: argparse.Namespace) -> int:
-    from finetune_api.crd import crd_text
+    from finetune_api.generate import crd_yaml
 
-    print(crd_text(), end="")
+    print(crd_yaml(), end="")
     return 0
 
 
