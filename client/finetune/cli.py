@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from finetune.manifests import Job
     from finetune.result import RunResult
     from finetune_api.plan import Facts
+    from finetune_api.spec import DataSource, Model, Output
 
-_USAGE_CODE = 2
 _CREDENTIALS = {
     "s3": ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
     "gs": ("GOOGLE_APPLICATION_CREDENTIALS",),
