@@ -158,7 +158,7 @@ class ModelLoader:
         self.model, self.tuner, self.source, self.device = model, tuner, source, device
         self.trained = trained  # weights of a checkpoint that is resumed, by name
         self._done: dict[int, nn.Parameter] = {}  # tied parameters stay one object
-        self._resumed: dict[int, nn.Parameter] = {}
+        self._resumed: set[str] = set()
         self._keep: list[nn.Parameter] = []  # ids are unique only while the objects live
 
     def load(self, shard: Callable[[nn.Module], None]) -> None:
@@ -180,9 +180,10 @@ class ModelLoader:
                 self.tuner.initialize(module, name)
         if self.trained is not None:
             for name, parameter in unit.named_parameters(prefix=prefix):
-                if parameter.requires_grad and id(parameter) not in self._resumed:
+                # by name: the engine has replaced the parameters of layers that are sharded already
+                if parameter.requires_grad and name not in self._resumed:
                     parameter.data.copy_(self.trained(name))
-                    self._resumed[id(parameter)] = parameter
+                    self._resumed.add(name)
         self.source.close_unit()
 
     def _fill_module(self, module: nn.Module, name: str) -> None:

@@ -27,6 +27,8 @@ class DeepSpeedEngine(Engine):
 
         self._seen_gradients: set[str] = set()
         self.deepspeed = deepspeed
+        # would be compiled at run time: a pod has no compiler and a read-only root; gloo does the same work
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_init_required=False)
         self.stage = self.plan.strategy.zero_stage or 2
         self.configuration = self._configuration()
