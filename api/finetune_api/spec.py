@@ -293,9 +293,9 @@ class Resources(SchemaModel):
 
 class Toleration(SchemaModel):
     key: Annotated[str, Field(max_length=316)] | None = None
-    operator: Annotated[str, Field(pattern=r"^(Exists|Equal)$")] | None = None
+    operator: Annotated[str, Field(max_length=6, pattern=r"^(Exists|Equal)$")] | None = None
     value: Annotated[str, Field(max_length=63)] | None = None
-    effect: Annotated[str, Field(pattern=r"^(NoSchedule|PreferNoSchedule|NoExecute)$")] | None = None
+    effect: Annotated[str, Field(max_length=16, pattern=r"^(NoSchedule|PreferNoSchedule|NoExecute)$")] | None = None
     toleration_seconds: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
 
 
