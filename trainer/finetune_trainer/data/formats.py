@@ -155,7 +155,7 @@ def _filled(value: Any, name: str, place: str) -> str:
 
 def _string(value: Any, name: str, place: str) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{place}: {name} must be text, not {_shown(value)}; correct the value")
+        raise DataError(f"{place}: {name} must be a string, not {_shown(value)}; correct the value")
     return value
 
 

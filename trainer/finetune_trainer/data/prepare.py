@@ -123,15 +123,16 @@ def _check_usable(job: _Job, counts: list[SourceCounts]) -> None:
         if not parts or any(one.used for one in parts):
             continue
         limit = job.dataset.max_sequence_length
+        longer = "raise spec.dataset.maxSequenceLength or give shorter rows"
         reasons = (
-            (sum(one.too_long for one in parts), f"longer than maxSequenceLength {limit}"),
-            (sum(one.unsupervised for one in parts), f"without a label within maxSequenceLength {limit}"),
-            (sum(one.not_selected for one in parts), "not selected by the weight"),
+            (sum(one.too_long for one in parts), f"longer than maxSequenceLength {limit}", longer),
+            (sum(one.unsupervised for one in parts), f"without a label within maxSequenceLength {limit}", longer),
+            (sum(one.not_selected for one in parts), "not selected by the weight", "raise the weight"),
         )
-        told = ", ".join(f"{number} {reason}" for number, reason in reasons if number)
+        told = ", ".join(f"{number} {reason}" for number, reason, _ in reasons if number)
+        remedies = dict.fromkeys(remedy for number, _, remedy in reasons if number)
         raise DataError(
-            f"{place}: none of {sum(one.rows for one in parts)} rows can be used ({told}); "
-            "raise maxSequenceLength or the weight, or give shorter rows"
+            f"{place}: no usable row among {sum(one.rows for one in parts)} ({told}); {' and '.join(remedies)}"
         )
 
 

@@ -52,7 +52,7 @@ def _read_jsonl(path: Path, name: str) -> Iterator[Row]:
             if not text.strip():
                 continue
             try:
-                value = json.loads(text, parse_constant=_refuse_constant)
+                value = json.loads(text.rstrip(), parse_constant=_refuse_constant)
             except (ValueError, RecursionError) as error:
                 raise DataError(_bad_json(f"{name}:{number}", text, error)) from error
             if not isinstance(value, dict):
@@ -197,7 +197,8 @@ def _bad_json(place: str, text: str, error: Exception) -> str:
     if text.strip() in {"{", "["}:
         return f"{place}: a JSON document over several lines; write one object per line (jq -c '.[]' converts an array)"
     if isinstance(error, json.JSONDecodeError):
-        return f"{place}: not valid JSON ({error.msg} at column {error.colno}); correct or remove the line"
+        told = f"{error.msg.removesuffix(' at')} at column {error.colno}"
+        return f"{place}: not valid JSON ({told}); correct or remove the line"
     if isinstance(error, RecursionError):
         return f"{place}: nested too deeply; correct or remove the line"
     return f"{place}: {error}; correct or remove the line"

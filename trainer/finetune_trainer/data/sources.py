@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune_api.errors import DataError, StorageUnavailable
+from finetune_api.errors import DataError
 from finetune_api.spec import Dataset, DataSource
 from finetune_storage import ObjectStore, parse_uri, split_uri
 
@@ -81,8 +81,6 @@ def _segments_match(path: list[str], pattern: list[str]) -> bool:
 
 
 def _fetch(place: str, source: DataSource, cache: Path) -> list[SourceFile]:
-    if source.uri.startswith("hf://"):
-        return [_described(path, name) for path, name in _fetch_hub(place, source.uri, cache)]
     if parse_uri(source.uri).scheme == "file":
         return [_described(path, name) for path, name in _find_local(place, source.uri)]
     return _fetch_objects(place, source, cache)
@@ -123,45 +121,6 @@ def _fetch_objects(place: str, source: DataSource, cache: Path) -> list[SourceFi
             store.download(name, target)
         files.append(_described(target, name))
     return files
-
-
-def _fetch_hub(place: str, uri: str, cache: Path) -> list[tuple[Path, str]]:
-    """``hf://owner/name/path`` (also ``hf://datasets/owner/name/path``), globs allowed."""
-    import huggingface_hub as hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    segments = uri.removeprefix("hf://").removeprefix("datasets/").strip("/").split("/")
-    if len(segments) < 2:
-        raise DataError(f"{place}.uri: {uri} names no data set; write hf://owner/name/path")
-    repository, pattern = "/".join(segments[:2]), "/".join(segments[2:]) or "**"
-    try:
-        revision = hub.HfApi().dataset_info(repository).sha
-        listed = hub.HfApi().list_repo_files(repository, repo_type="dataset", revision=revision)
-        if pattern in listed:
-            _check_suffix(place, pattern)
-        elif not _WILDCARDS.search(pattern):
-            pattern += "/**"
-        names = _select(place, uri, listed, pattern)
-        return [
-            (
-                Path(
-                    hub.hf_hub_download(
-                        repository, name, repo_type="dataset", revision=revision, cache_dir=cache / "hub"
-                    )
-                ),
-                name,
-            )
-            for name in names
-        ]
-    except RepositoryNotFoundError as error:
-        raise DataError(
-            f"{place}.uri: the hub shows no data set {repository} to these credentials; check the name and HF_TOKEN"
-        ) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ConnectionError) as error:
-        raise StorageUnavailable(
-            f"{place}.uri: the hub did not give {uri} ({type(error).__name__}); "
-            "check the network, or copy the data set to object storage"
-        ) from error
 
 
 def _select(place: str, uri: str, paths: list[str], pattern: str) -> list[str]:
