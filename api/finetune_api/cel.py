@@ -50,6 +50,13 @@ _LOCATION = (
 )
 _CPU = "!has(self.resources) || !has(self.resources.accelerator)"
 _OPTIMIZER = "has(self.training) && has(self.training.optimizer) && has(self.training.optimizer.type)"
+_NODES = "(has(self.distributed) && has(self.distributed.nodes) ? self.distributed.nodes : 1)"
+_PROCESSES = (
+    "(has(self.distributed) && has(self.distributed.processesPerNode) ? self.distributed.processesPerNode : "
+    "(has(self.resources) && has(self.resources.accelerator) && has(self.resources.accelerator.count) ? "
+    "self.resources.accelerator.count : 1))"
+)
+_BATCH = "(has(self.training) && has(self.training.globalBatchSize) ? self.training.globalBatchSize : 32)"
 _STRATEGY = "has(self.distributed) && has(self.distributed.strategy) && has(self.distributed.strategy.type)"
 
 RULES: dict[str, tuple[dict[str, Any], ...]] = {
@@ -57,6 +64,10 @@ RULES: dict[str, tuple[dict[str, Any], ...]] = {
         _rule(
             "self.metadata.name.size() <= 50",
             "metadata.name must have at most 50 characters, because pods are named after the job; shorten it",
+        ),
+        _rule(
+            "!self.metadata.name.contains('.')",
+            "metadata.name must not contain '.', because pods are named after the job; use '-' instead",
         ),
     ),
     "spec": (
@@ -98,8 +109,17 @@ RULES: dict[str, tuple[dict[str, Any], ...]] = {
             "(has(self.resources.accelerator.count) ? self.resources.accelerator.count : 1)",
             "spec.distributed.processesPerNode must equal resources.accelerator.count; leave it out",
         ),
+        _rule(
+            f"{_BATCH} % ({_NODES} * {_PROCESSES}) == 0",
+            "spec.training.globalBatchSize must be a multiple of the ranks (nodes x processesPerNode); change either",
+        ),
     ),
     "spec.model": (
+        _rule(
+            "!self.uri.contains('*') && "
+            "!['.safetensors', '.bin', '.pt', '.pth', '.gguf'].exists(suffix, self.uri.endsWith(suffix))",
+            "spec.model.uri names a file or pattern; name the directory with config.json and *.safetensors",
+        ),
         *_LOCATION,
         _not_file("!self.uri.startsWith('file://')", "spec.model.uri"),
         _rule(
@@ -122,7 +142,11 @@ RULES: dict[str, tuple[dict[str, Any], ...]] = {
         *_LOCATION,
         _not_file("!self.uri.startsWith('file://')", "spec.dataset.validation.sources"),
     ),
-    "spec.output": (*_LOCATION, _not_file("!self.uri.startsWith('file://')", "spec.output.uri")),
+    "spec.output": (
+        *_LOCATION,
+        _rule("!self.uri.contains('*')", "spec.output.uri is a pattern; name one directory"),
+        _not_file("!self.uri.startsWith('file://')", "spec.output.uri"),
+    ),
     "spec.method": (
         _member("method", "lora", ("LoRA", "QLoRA"), "method"),
         _member("method", "quantization", ("QLoRA",), "method"),
@@ -143,6 +167,11 @@ RULES: dict[str, tuple[dict[str, Any], ...]] = {
         _rule(
             "!(has(self.epochs) && has(self.maxSteps))",
             "spec.training has both epochs and maxSteps; keep one of the two",
+        ),
+        _rule(
+            "!has(self.maxSteps) || !has(self.schedule) || !has(self.schedule.warmupSteps) || "
+            "self.schedule.warmupSteps <= self.maxSteps",
+            "spec.training.schedule.warmupSteps must be at most maxSteps; use fewer, or warmupFraction",
         ),
         _rule(
             "!has(self.earlyStopping) || has(self.evaluateEverySteps)",
