@@ -18,13 +18,13 @@ def prepare_node(config: TrainerConfig, status: LauncherStatus) -> WorkerConfig:
     from finetune_trainer.data import prepare
     from finetune_trainer.model_files import fetch_model
 
-    def fetched(done: int, total: int) -> None:
-        status.enter(Phase.FETCHING_MODEL, "fetching model files", done, total)
+    def fetched(what: str, done: float | None = None, total: float | None = None) -> None:
+        status.enter(Phase.FETCHING_MODEL, what, done, total)
 
     def prepared(what: str) -> None:
         status.enter(Phase.PREPARING_DATA, what)
 
-    fetched(0, 0)
+    fetched("fetching model files")
     model_directory = fetch_model(config, fetched)
     prepared("preparing data")
     data = prepare(config, model_directory, prepared)
