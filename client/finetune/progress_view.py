@@ -25,6 +25,7 @@ _WORDS = {
 }
 LINE_EVERY_SECONDS = 10.0
 LINE_EVERY_FRACTION = 0.05
+LINE_APART_SECONDS = 2.0
 
 
 class View(Protocol):
@@ -95,7 +96,7 @@ def numbers(beat: Heartbeat) -> list[str]:
 
 
 class LineView:
-    """A line when the phase changes, every ten seconds, or every five percent of the steps."""
+    """A line when the phase changes, every ten seconds, or every five percent of the steps (two seconds apart)."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -115,8 +116,9 @@ class LineView:
         # evaluating and checkpointing are part of training: no line for every switch
         kind = "loop" if progress.phase in {Phase.TRAINING, Phase.EVALUATING, Phase.CHECKPOINTING} else progress.phase
         now = time.monotonic()
-        moved = kind != self._said[0] or step - self._said[1] >= stride
-        if not moved and now - self._said_at < LINE_EVERY_SECONDS:
+        waited = now - self._said_at
+        moved = step - self._said[1] >= stride and waited >= LINE_APART_SECONDS
+        if kind == self._said[0] and not moved and waited < LINE_EVERY_SECONDS:
             return
         self._said, self._said_at = (kind, step), now
         parts = [phase_words(progress)]
