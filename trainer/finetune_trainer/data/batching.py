@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,12 +54,13 @@ def deal(
     weights = np.asarray(lengths)[indices]
     bins: list[list[int]] = [[] for _ in range(steps * world_size)]
     loads = np.zeros(len(bins), dtype=np.int64)
-    room = np.full(len(bins), micro_batch_size)
+    with_room = [(0, number) for number in range(len(bins))]  # a heap of (load, micro-batch)
     for position in np.argsort(-weights, kind="stable"):
-        lightest = int(np.argmin(np.where(room > 0, loads, np.iinfo(np.int64).max)))
+        load, lightest = heapq.heappop(with_room)
         bins[lightest].append(int(position))
-        loads[lightest] += weights[position]
-        room[lightest] -= 1
+        loads[lightest] = load + int(weights[position])
+        if len(bins[lightest]) < micro_batch_size:
+            heapq.heappush(with_room, (int(loads[lightest]), lightest))
     heaviest_first = np.argsort(-loads, kind="stable").reshape(steps, world_size)
     dealt: list[list[IntArray]] = [[] for _ in range(world_size)]
     totals = np.zeros(world_size, dtype=np.int64)

@@ -97,7 +97,8 @@ def _find_local(place: str, uri: str) -> list[tuple[Path, str]]:
         if not whole.exists():
             raise DataError(f"{place}.uri: {uri} does not exist; correct the path")
         parent, pattern = whole, "**"
-    found = [path for path in parent.rglob("*") if path.is_file()] if parent.is_dir() else []
+    candidates = parent.rglob("*") if "**" in pattern.split("/") else parent.glob(pattern)
+    found = [path for path in candidates if path.is_file()]
     names = _select(place, uri, [path.relative_to(parent).as_posix() for path in found], pattern)
     return [(parent / name, name) for name in names]
 

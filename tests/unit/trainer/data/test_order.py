@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -159,6 +160,14 @@ def test_the_end_of_a_validation_set_fills_some_micro_batches_only() -> None:
     assert [len(rank) for rank in dealt] == [1, 1]
     assert sorted(np.concatenate([dealt[0][0], dealt[1][0]]).tolist()) == [5, 6, 7]
     assert [len(part) for rank in deal(np.array([5]), np.full(8, 4), 2, 4) for part in rank] == [1, 0]
+
+
+def test_dealing_a_large_validation_set_takes_moments() -> None:
+    lengths = np.random.default_rng(0).integers(1, 1000, 200_000)
+    started = time.monotonic()
+    dealt = deal(np.arange(200_000), lengths, 8, 2)
+    assert time.monotonic() - started < 20  # a search through all micro-batches would take hours
+    assert sum(len(part) for rank in dealt for part in rank) == 200_000
 
 
 def test_joined_rows_restart_their_positions_and_keep_their_segments() -> None:
