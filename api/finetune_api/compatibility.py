@@ -133,18 +133,6 @@ def _nvme_offload(c: Combination) -> Iterator[Problem]:
             )
 
 
-def _optimizer_under_offload(c: Combination) -> Iterator[Problem]:
-    kind = c.spec.training.optimizer.type
-    offload = c.strategy.offload_optimizer
-    if offload is not Offload.NONE and kind is OptimizerType.SGD:
-        yield Problem(
-            "spec.training.optimizer.type",
-            kind.value,
-            f"DeepSpeed offloads the state of AdamW only and offloadOptimizer is {offload.value}",
-            "use AdamW, or set offloadOptimizer to None",
-        )
-
-
 _METHOD = ("method.type",)
 _OPTIMIZER = ("training.optimizer.type",)
 _STRATEGY = ("distributed.strategy", "distributed.nodes", "distributed.processesPerNode", "resources.accelerator")
@@ -157,7 +145,6 @@ COMBINATION_RULES: tuple[Rule[Combination], ...] = (
     Rule((*_METHOD, "output.format"), _output_of_full),
     Rule(_STRATEGY, _parameter_offload_stage),
     Rule((*_STRATEGY, "resources.scratch"), _nvme_offload),
-    Rule((*_OPTIMIZER, *_STRATEGY), _optimizer_under_offload),
 )
 
 

@@ -130,7 +130,7 @@ def fit_warnings(
     options: list[tuple[str, FineTuneJobSpec, Layout]] = [
         ("microBatchSize 1 with gradientCheckpointing Full", spec, smaller)
     ]
-    for label, strategy in _alternatives(layout):
+    for label, strategy in _alternatives(layout, offload=spec.resources.accelerator is not None):
         options.append((label, spec, Layout(strategy, *_rest(smaller))))
     if spec.method.type is not MethodType.QLORA and not (facts.model and facts.model.experts):
         method = spec.method.model_copy(update={"type": MethodType.QLORA})
@@ -149,10 +149,11 @@ def fit_warnings(
     )
 
 
-def _alternatives(layout: Layout) -> Iterator[tuple[str, ResolvedStrategy]]:
+def _alternatives(layout: Layout, offload: bool) -> Iterator[tuple[str, ResolvedStrategy]]:
     if layout.world_size > 1 and layout.strategy.type is StrategyType.DDP:
         yield "strategy FSDP", fsdp(Sharding.FULL)
-    yield "strategy FSDP with cpuOffload", fsdp(Sharding.FULL, cpu_offload=True)
+    if offload:
+        yield "strategy FSDP with cpuOffload", fsdp(Sharding.FULL, cpu_offload=True)
 
 
 def _rest(layout: Layout) -> tuple[Any, ...]:

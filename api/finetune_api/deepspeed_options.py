@@ -33,8 +33,8 @@ _OWNED = {
 @dataclass(frozen=True)
 class _Setting:
     kind: type
-    minimum: float = 0
-    maximum: float = 1e12
+    minimum: int = 0
+    maximum: int = 10**12
     choices: tuple[str, ...] = ()
 
 
@@ -42,8 +42,6 @@ _SIZE = _Setting(int, 1)
 _SWITCH = _Setting(bool)
 SETTINGS: dict[str, _Setting] = {
     "communication_data_type": _Setting(str, choices=_DTYPES),
-    "prescale_gradients": _SWITCH,
-    "gradient_predivide_factor": _Setting(float, 1e-6, 1e6),
     "wall_clock_breakdown": _SWITCH,
     "zero_optimization.allgather_partitions": _SWITCH,
     "zero_optimization.allgather_bucket_size": _SIZE,
@@ -95,11 +93,8 @@ def _value_problems(path: str, value: Any, setting: _Setting) -> Iterator[Proble
     elif setting.kind is str:
         if value not in setting.choices:
             yield Problem(path, value, f"must be one of {', '.join(setting.choices)}", "use one of them")
-    elif (
-        isinstance(value, bool) or not isinstance(value, (int, float)) or (setting.kind is int and value != int(value))
-    ):
-        words = "a whole number" if setting.kind is int else "a number"
-        yield Problem(path, value, f"must be {words}", "write a number without quotes")
+    elif isinstance(value, bool) or not isinstance(value, int):
+        yield Problem(path, value, "must be a whole number", "write a number without quotes")
     elif not setting.minimum <= value <= setting.maximum:
         yield Problem(
             path, value, f"must be from {setting.minimum:g} to {setting.maximum:g}", "use a number in this range"

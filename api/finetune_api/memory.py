@@ -1,7 +1,8 @@
 """Bytes per device by part, for Full, LoRA and QLoRA under every strategy. An upper estimate, told by part.
 
 Weights that are trained are 32-bit masters under DDP and FSDP (autocast or FSDP casts them for compute); frozen weights
-are stored in the compute type; DeepSpeed keeps 16-bit parameters and gradients and 32-bit masters in its optimizer.
+are stored in the compute type. DeepSpeed keeps 16-bit parameters, accumulates gradients in 32 bit, and keeps 32-bit
+masters in its optimizer.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def estimate_memory(
         optimizer=states.optimizer,
         activations=activations,
         logits=logits,
-        total=sum(parts),
+        total=sum(parts) + (0 if spec.resources.accelerator else states.host),  # on CPU the host is the device
         host=states.host,
     )
 
@@ -194,7 +195,7 @@ def _deepspeed_states(spec: FineTuneJobSpec, model: _Model, layout: Layout) -> _
     stored = _stored(spec, model) + width * model.trainable
     optimizer = (4 * model.trainable + model.optimizer_bytes) // ranks  # 32-bit masters live in the optimizer
     bucket = width * min(_DEEPSPEED_BUCKET, model.trainable)
-    gradients = width * model.trainable // (ranks if stage >= 2 else 1) + bucket
+    gradients = 4 * model.trainable // (ranks if stage >= 2 else 1) + bucket  # accumulated in 32 bit
     total = model.trainable + model.frozen + model.quantized
     gathered = int(2 * min(1.0, model.unit / total) * stored) if stage == 3 and total else 0
     weights = stored // ranks if stage == 3 else stored
@@ -222,8 +223,17 @@ def _activations(spec: FineTuneJobSpec, facts: ModelFacts, shape: Shape | None, 
     if layout.checkpointing is CheckpointingMode.FULL:
         return layers * boundary + per_layer + ends + workspace
     if layout.checkpointing is CheckpointingMode.SELECTIVE:
-        return layers * (boundary + per_layer // 2) + ends + workspace
+        products = tokens * width * _product_outputs(facts)
+        return layers * (boundary + products) + per_layer + ends + workspace
     return layers * per_layer + ends + workspace
+
+
+def _product_outputs(facts: ModelFacts) -> int:
+    """Elements per token that the matrix products and attention of one layer give: what Selective keeps."""
+    hidden, intermediate = facts.hidden_size or 0, facts.intermediate_size or 4 * (facts.hidden_size or 0)
+    heads, head = facts.attention_heads or 0, facts.head_dimension or 0
+    queries, values = heads * head, (facts.key_value_heads or heads) * head
+    return 2 * queries + 2 * values + 2 * hidden + 2 * intermediate
 
 
 def _layer_bytes_per_token(spec: FineTuneJobSpec, facts: ModelFacts, width: int) -> int:

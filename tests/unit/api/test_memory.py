@@ -73,8 +73,8 @@ def test_offloading_moves_the_shards_to_the_host() -> None:
 def test_zero_stages_shard_one_part_more_each() -> None:
     one, two, three = (estimate(zero(stage)) for stage in (1, 2, 3))
     bucket = 2 * 500_000_000
-    assert (one.weights, one.gradients, one.optimizer) == (2 * TOTAL, 2 * TOTAL + bucket, 12 * TOTAL // 8)
-    assert (two.weights, two.gradients, two.optimizer) == (2 * TOTAL, 2 * TOTAL // 8 + bucket, 12 * TOTAL // 8)
+    assert (one.weights, one.gradients, one.optimizer) == (2 * TOTAL, 4 * TOTAL + bucket, 12 * TOTAL // 8)
+    assert (two.weights, two.gradients, two.optimizer) == (2 * TOTAL, 4 * TOTAL // 8 + bucket, 12 * TOTAL // 8)
     assert three.weights == pytest.approx(2 * TOTAL / 8 + 2 * 2 * EMBEDDING, rel=1e-6)
 
 
@@ -136,6 +136,12 @@ def test_checkpointing_trades_activations() -> None:
 
 def test_activations_grow_with_the_micro_batch() -> None:
     assert estimate(DDP, micro=4, mode="None").activations == 4 * estimate(DDP, micro=1, mode="None").activations
+
+
+def test_on_cpu_the_host_is_the_device() -> None:
+    offloaded = fsdp(Sharding.FULL, cpu_offload=True)
+    on_cpu, on_gpu = estimate(offloaded), estimate(offloaded, resources={"accelerator": {"count": 8}})
+    assert on_cpu.total == on_gpu.total + on_gpu.host
 
 
 def test_the_total_is_the_sum_of_the_parts() -> None:
