@@ -14,6 +14,7 @@ from torch import nn
 from finetune_api.errors import ModelError
 from finetune_api.spec import OutputFormat
 from finetune_trainer.checkpoint import CheckpointReader
+from finetune_trainer.data import DEFAULT_CHAT_TEMPLATE, PreparedData
 from finetune_trainer.loading import LoadedModel
 from finetune_trainer.tuners.lora import LoraTuner
 from finetune_trainer.tuners.quantization import QuantizedLinear
@@ -43,6 +44,8 @@ def export(config: WorkerConfig, loaded: LoadedModel, checkpoint: CheckpointRead
         source = Path(config.model_directory) / name
         if source.exists():
             shutil.copyfile(source, directory / name)
+    if PreparedData.open(config.data_directory).counts["chatTemplate"] == "default":  # trained on, so served with
+        (directory / "chat_template.jinja").write_text(DEFAULT_CHAT_TEMPLATE)
 
 
 def _adapter(config: WorkerConfig, loaded: LoadedModel, checkpoint: CheckpointReader, directory: Path) -> None:

@@ -22,13 +22,12 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from finetune_api.errors import DataError
 from finetune_trainer.data.formats import Record
 
-# Used where the tokenizer has no chat template; documented in docs/data.md.
+# Used where the tokenizer has no chat template; documented in docs/data.md. Plain Jinja, for any server to read.
 DEFAULT_CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '### ' + message['role'] + '\n' }}"
-    "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
-    "{% else %}{{ message['content'] }}{% endif %}"
+    "{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
     "{{ '\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '### assistant\n' }}{% endif %}"
