@@ -1,7 +1,7 @@
 """Attention over rows of concatenated segments: each sample attends to itself only, without padding or a dense mask.
 
 Registered with transformers under the name ``segmented``; a micro-batch is one row (1, T) and the segment boundaries
-travel as ``cu_seq_lens_q`` (transformers' own keyword), so activation checkpointing recomputes with the same boundaries.
+travel as ``cu_seq_lens_q`` (transformers' own keyword), so activation checkpointing recomputes with the same ones.
 CUDA in 16 bit uses torch's variable-length flash kernel; elsewhere one SDPA call per segment, which is the reference.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from finetune_api.errors import ModelError
 
 IMPLEMENTATION = "segmented"
+computed_in: set[torch.dtype] = set()  # types that attention really ran in, for the self-check
 # Keywords through which some architectures change the softmax itself; computing without them would be silently wrong.
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias", "sinks")
 
@@ -50,14 +52,19 @@ def segmented_attention(
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise ModelError(
-                f"model {type(module).__name__}: its attention needs '{name}', which packed attention does not compute; "
-                "choose a base model without it"
+                f"model {type(module).__name__}: its attention needs '{name}', which packed attention does not compute;"
+                " choose a base model without it"
             )
     if attention_mask is not None or cu_seq_lens_q is None or query.shape[0] != 1:
         raise ModelError(
             f"model {type(module).__name__}: it does not hand segment boundaries to its attention; "
             "choose a base model whose layers pass attention keywords through"
         )
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):  # rotary tables in fp32 promote queries and keys, not values
+        dtype = torch.get_autocast_dtype(kind)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    computed_in.add(query.dtype)
     if dropout == 0.0 and _varlen_usable(query.device, query.dtype):
         attend: Callable[..., torch.Tensor] = _attend_varlen
     else:
@@ -79,7 +86,7 @@ def _attend_per_segment(
     gqa = query.shape[1] != key.shape[1]
     edges = boundaries.tolist()
     outputs = []
-    for start, end in zip(edges[:-1], edges[1:], strict=True):
+    for start, end in itertools.pairwise(edges):
         length = end - start
         mask = None
         if sliding_window is not None and length > sliding_window:

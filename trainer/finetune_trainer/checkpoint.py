@@ -1,8 +1,8 @@
 """What is in a checkpoint and how an engine's state gets in and out of it.
 
-One layout for every engine: full named tensors (``<parameter>/weight``, ``<parameter>/<optimizer key>``) in safetensors,
-dealt over ranks by size, and ``progress.json``. A checkpoint written at one world size loads at any other. Nothing random
-is carried: random numbers are functions of (seed, step, rank, micro-batch), see seeding.py.
+One layout for every engine: full named tensors (``<parameter>/weight``, ``<parameter>/<optimizer key>``) in
+safetensors, dealt over ranks by size, and ``progress.json``. A checkpoint written at one world size loads at any other.
+Nothing random is carried: random numbers are functions of (seed, step, rank, micro-batch), see seeding.py.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def export(config: WorkerConfig, loaded: LoadedModel, checkpoint: CheckpointRead
         (directory / "chat_template.jinja").write_text(DEFAULT_CHAT_TEMPLATE)
 
 
-def _adapter(config: WorkerConfig, loaded: LoadedModel, checkpoint: CheckpointReader, directory: Path) -> None:
+def _adapter(_config: WorkerConfig, loaded: LoadedModel, checkpoint: CheckpointReader, directory: Path) -> None:
     """``adapter_config.json`` and ``adapter_model.safetensors`` in fp32, as PEFT writes them."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file

@@ -32,8 +32,7 @@ def optimizer_factory(spec: FineTuneJobSpec, strategy: StrategyType) -> Optimize
     learning_rate = spec.training.learning_rate
 
     def make(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        optimizer = build(spec, strategy, [{**group, "lr": learning_rate * group["ratio"]} for group in groups])
-        return optimizer
+        return build(spec, strategy, [{**group, "lr": learning_rate * group["ratio"]} for group in groups])
 
     return make
 

@@ -12,6 +12,7 @@ import torch
 
 from finetune_api.digests import training_digest
 from finetune_api.errors import NumericalError
+from finetune_api.plan import Plan
 from finetune_api.report import JobResult, Phase, StepRecord
 from finetune_storage import ObjectStore
 from finetune_trainer import publication, selfcheck
@@ -68,7 +69,7 @@ class Run:
     ) -> None:
         self.config, self.context, self.heartbeat, self.stop = config, context, heartbeat, stop
         self.job, self.spec, self.plan = config.trainer, config.trainer.spec, config.trainer.plan
-        assert self.plan.total_steps is not None and self.plan.warmup_steps is not None
+        assert self.plan.total_steps is not None
         self.total_steps = self.plan.total_steps
         self.data = PreparedData.open(config.data_directory)
         packed = self.spec.dataset.packing
@@ -102,9 +103,8 @@ class Run:
             self.engine.restore(reader.state)
             self.engine.load_scaler_state(restored.manifest.state)
             self.state = reader.progress
-            self._say(
-                f"resuming from step {self.state.step} of {self.total_steps} ({self.checkpointer.store.uri(self.state.step)})"
-            )
+            place = self.checkpointer.store.uri(self.state.step)
+            self._say(f"resuming from step {self.state.step} of {self.total_steps} ({place})")
             for sentence in restored.skipped:
                 self._say(sentence)
             self.state.attempts.append({"resumedFromStep": self.state.step, "skipped": list(restored.skipped)})
@@ -113,12 +113,12 @@ class Run:
 
     def check_and_measure_base(self) -> None:
         """Step-0 self-check on every rank, then the base model's validation loss."""
+        first = to_device(collate([self.data.train[0]]), self.context.device)
+        selfcheck.check_head(self.loaded.module.model, self.engine, first, self.context)
         facts = selfcheck.inspect_rank(self.engine, self.data, self.context, self.loaded.weights)
         self.self_check = self.context.gather(facts)
         selfcheck.compare_with_plan(self.plan, self.self_check)
-        first = to_device(collate([self.data.train[0]]), self.context.device)
-        selfcheck.check_head(self.loaded.module.model, self.engine, first, self.context)
-        self._say(_summary(self.plan, self.self_check[0], self.data.counts))
+        self._say(_summary(self.plan, self.self_check[0]))
         if self.state.step == 0 and not self.state.evaluations:
             self._evaluate()
             self.state.samples = publication.answers_before(self.engine, self.data, self.context, self.config)
@@ -314,14 +314,16 @@ class Run:
             print(text, flush=True)
 
 
-def _summary(plan: Any, check: dict[str, Any], counts: dict[str, Any]) -> str:
+def _summary(plan: Plan, check: dict[str, Any]) -> str:
+    batch = f"{plan.micro_batch_size} x {plan.gradient_accumulation_steps} x {plan.world_size}"
+    stored = f"{check['quantizedBytes']:,} bytes, {check['quantizedBytesHere']:,} here"
     lines = {
         "strategy": f"{plan.strategy.label} on {plan.world_size} ranks ({check['device']})",
-        "batch": f"{plan.global_batch_size} = {plan.micro_batch_size} x {plan.gradient_accumulation_steps} x {plan.world_size}",
+        "batch": f"{plan.global_batch_size} = {batch}",
         "steps": plan.total_steps,
         "precision": f"{plan.precision.value}, trainable {check['trainableType']}",
         "trainable parameters": f"{check['trainableParameters']:,}",
-        "4-bit layers": f"{check['quantizedLayers']} ({check['quantizedBytes']:,} bytes, {check['quantizedBytesHere']:,} here)",
+        "4-bit layers": f"{check['quantizedLayers']} ({stored})",
         "attention": check["attention"],
         "weights": check["weights"],
         "rows": f"{check['trainRows']:,}, {check['maskedTokenShare']:.1%} of tokens masked",

@@ -9,12 +9,13 @@ from torch import nn
 
 from finetune_api.errors import SelfCheckError
 from finetune_api.plan import Plan
-from finetune_api.spec import MethodType, Precision
+from finetune_api.spec import MethodType, Precision, StrategyType
 from finetune_trainer import attention
 from finetune_trainer.checkpoint import full_numel
 from finetune_trainer.data import Batch, PreparedData
 from finetune_trainer.distributed import RankContext
 from finetune_trainer.engines.base import Engine
+from finetune_trainer.model import DTYPES
 from finetune_trainer.tuners.quantization import QuantizedLinear
 
 _LOGIT_TOLERANCE = {Precision.FP32: 1e-3, Precision.BF16: 0.15, Precision.FP16: 0.05}
@@ -33,8 +34,9 @@ def inspect_rank(engine: Engine, data: PreparedData, context: RankContext, weigh
         "worldSize": context.world_size,
         "device": _device_name(context.device),
         "strategy": engine.plan.strategy.label,
-        "computeType": str(compute).removeprefix("torch."),
-        "trainableType": str(trainable[0].dtype).removeprefix("torch."),
+        "computeType": _name(compute),
+        "trainableType": _name(trainable[0].dtype),
+        "attentionType": ", ".join(sorted(_name(dtype) for dtype in attention.computed_in)),
         "trainableParameters": sum(full_numel(p) for p in trainable),
         "trainableTensors": len(trainable),
         "quantizedLayers": len(quantized),
@@ -69,12 +71,20 @@ def _expectations(plan: Plan, fact: dict[str, Any]) -> list[tuple[str, Any, Any]
     checks: list[tuple[str, Any, Any]] = [
         ("world size", fact["worldSize"], plan.world_size),
         ("device kind", fact["device"].split(":")[0], plan.device),
+        ("type of trainable parameters", fact["trainableType"], _trainable_type(plan)),
+        ("type that attention computes in", fact["attentionType"], _name(DTYPES[plan.precision])),
         ("quantised base", fact["quantizedLayers"] > 0, plan.method is MethodType.QLORA),
     ]
     counts = plan.parameters
     if counts is not None and counts.exact:
         checks.append(("number of trainable parameters", fact["trainableParameters"], counts.trainable))
     return checks
+
+
+def _trainable_type(plan: Plan) -> str:
+    """DeepSpeed computes on 16-bit parameters and keeps fp32 masters; the others keep fp32 and cast for computing."""
+    deepspeed = plan.strategy.type is StrategyType.DEEPSPEED
+    return _name(DTYPES[plan.precision]) if deepspeed else "float32"
 
 
 def check_gradients(engine: Engine, context: RankContext) -> None:
@@ -91,14 +101,13 @@ def check_gradients(engine: Engine, context: RankContext) -> None:
 def check_head(model: nn.Module, engine: Engine, batch: Batch, context: RankContext) -> None:
     """The loss path computes the model's own logits: compares the last token's with the architecture's forward.
 
-    Catches architectures that transform logits in a way that the chunked loss does not know. Only where the whole
-    model is on every rank and sits in plain tensors (one rank is enough: the code is the same on all).
+    Catches architectures that transform logits in a way that the chunked loss does not know. Every engine runs our
+    path (and so shows the type it computes in); the comparison needs plain tensors, so only DDP makes it.
     """
-    from finetune_api.spec import StrategyType
-
+    attention.computed_in.clear()
+    ours = engine.evaluate(batch, last_token=True)[-1]
     if engine.plan.strategy.type is not StrategyType.DDP:
         return
-    ours = engine.evaluate(batch, last_token=True)[-1]
     model.eval()
     try:
         with torch.no_grad(), engine.autocast():
@@ -117,10 +126,14 @@ def check_head(model: nn.Module, engine: Engine, batch: Batch, context: RankCont
     difference = float((output.logits[0, -1].float() - ours).abs().max())
     if difference > _LOGIT_TOLERANCE[engine.plan.precision] * max(1.0, float(ours.abs().max())):
         raise SelfCheckError(
-            f"rank {context.rank}: {type(model).__name__} turns hidden states into logits in a way that the chunked loss "
-            f"does not know (difference {difference:.3g}).",
+            f"rank {context.rank}: {type(model).__name__} turns hidden states into logits in a way that the chunked "
+            f"loss does not know (difference {difference:.3g}).",
             hint="Choose another base model, or report this architecture.",
         )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _bytes_here(parameter: nn.Parameter) -> int:

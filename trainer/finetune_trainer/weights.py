@@ -97,7 +97,7 @@ class ConvertedWeights(WeightSource):
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, trust_remote_code=allow_remote_code)
         self.tensors = {name: tensor.data for name, tensor in model.named_parameters(remove_duplicate=False)}
 
-    def fill(self, module: nn.Module, names: dict[str, str]) -> dict[str, torch.Tensor]:
+    def fill(self, module: nn.Module, names: dict[str, str]) -> dict[str, torch.Tensor]:  # noqa: ARG002
         return {attribute: self.tensors[name] for attribute, name in names.items()}
 
 

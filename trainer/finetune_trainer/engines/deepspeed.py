@@ -69,14 +69,21 @@ class DeepSpeedEngine(Engine):
 
     def shard(self, layer: nn.Module) -> None:
         if self.stage == 3:
-            self.deepspeed.zero.Init(module=layer, config_dict_or_path=self.configuration, dtype=self.compute_dtype)
+            self._partition(layer)
+
+    def _partition(self, module: nn.Module) -> None:
+        # ZeRO-3 leaves partitioned parameters in the type they have, and the engine skips them: cast first
+        for parameter in module.parameters():
+            if parameter.is_floating_point() and not hasattr(parameter, "ds_id"):
+                parameter.data = parameter.data.to(self.compute_dtype)
+        self.deepspeed.zero.Init(module=module, config_dict_or_path=self.configuration)
 
     def setup(
         self, module: CausalLMForTraining, rules: dict[str, ParameterRule], make_optimizer: OptimizerFactory
     ) -> None:
         self.module = module
         if self.stage == 3:
-            self.deepspeed.zero.Init(module=module, config_dict_or_path=self.configuration, dtype=self.compute_dtype)
+            self._partition(module)
         for name, parameter in self.trainable():
             parameter.register_hook(lambda _gradient, name=name: self._seen_gradients.add(name))
         optimizer = make_optimizer(self.parameter_groups(rules))

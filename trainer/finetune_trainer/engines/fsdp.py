@@ -1,7 +1,7 @@
 """FSDP2 (``fully_shard``): parameters, gradients and optimizer state sharded over ranks, layer by layer.
 
-Full shards over all ranks; Hybrid shards within a node and replicates over nodes; GradientAndOptimizer keeps the gathered
-parameters between forward and backward (ZeRO-2's communication). 4-bit bytes are sharded as they are.
+Full shards over all ranks; Hybrid shards within a node and replicates over nodes; GradientAndOptimizer keeps the
+gathered parameters between forward and backward (ZeRO-2's communication). 4-bit bytes are sharded as they are.
 """
 
 from __future__ import annotations
@@ -63,6 +63,14 @@ class FsdpEngine(TorchEngine):
         assert isinstance(self.module, FSDPModule)
         self.module.set_requires_gradient_sync(boundary)
         return nullcontext()
+
+    def evaluate(self, batch: Any, last_token: bool = False) -> Any:
+        try:
+            return super().evaluate(batch, last_token)
+        finally:
+            # without a backward pass the root would stay gathered, in the compute type: no longer what is stored
+            assert isinstance(self.module, FSDPModule)
+            self.module.reshard()
 
     def clip(self, parameters: list[nn.Parameter], maximum_norm: float) -> float:
         norm = torch.nn.utils.clip_grad_norm_(parameters, maximum_norm)

@@ -37,7 +37,7 @@ class LoraTuner(Tuner):
         self._check_names(model)
         try:
             self.peft_model = get_peft_model(
-                model, self._configuration(model), autocast_adapter_dtype=False, low_cpu_mem_usage=True
+                model, self._configuration(), autocast_adapter_dtype=False, low_cpu_mem_usage=True
             )
         except ValueError as error:
             raise ModelError(
@@ -89,7 +89,7 @@ class LoraTuner(Tuner):
             weight = base.dequantize() if hasattr(base, "dequantize") and hasattr(base, "W_q") else base.weight
             magnitude.weight = nn.Parameter(torch.linalg.norm(weight.float(), dim=1))
 
-    def _configuration(self, model: Any) -> Any:
+    def _configuration(self) -> Any:
         from peft import LoraConfig, TaskType
 
         options = self.options
