@@ -224,6 +224,7 @@ class TrainerAgent(SimpleElasticAgent):
         """SIGTERM or Ctrl-C: the ranks write a checkpoint and end; the whole grace period is theirs."""
         assert self._group is not None
         log.info("stopping: the ranks have %g s to write a checkpoint", self.settings.grace_seconds)
+        self.status.stopping = True
         self._remaining_restarts = 0
         self._wind_down(self.settings.grace_seconds)
         ends = progress.read_ends(self.settings.work_directory)

@@ -1,0 +1,138 @@
+"""Two launchers of one job on one machine."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from tests.unit.trainer.launcher_rig import Node, Rig, free_port
+
+from finetune_api.exits import ExitClass
+from finetune_api.report import Phase
+
+pytestmark = pytest.mark.multiprocess
+
+
+def start_both(rig: Rig) -> tuple[Node, Node]:
+    """Node 1 first: in a cluster nobody waits for node 0 to be there."""
+    rig.endpoint = f"127.0.0.1:{free_port()}"
+    second = rig.start(1)
+    return rig.start(0), second
+
+
+def test_two_launchers_meet_and_number_their_ranks_by_node(tmp_path: Path) -> None:
+    script = """
+    beat.update(phase=Phase.TRAINING, step=2)
+    dist = connect()
+    import torch
+    seen = [None] * WORLD
+    dist.all_gather_object(seen, (RANK, LOCAL, WORK.name))
+    dist.barrier()
+    if RANK == 0:
+        print(seen)
+    succeed()
+    """
+    first, second = start_both(Rig(tmp_path, script, nodes=2, ranks=2))
+    assert (first.wait(90), second.wait(90)) == (0, 0)
+    assert first.output == "[(0, 0, 'node-0'), (1, 1, 'node-0'), (2, 0, 'node-1'), (3, 1, 'node-1')]\n"
+    assert second.output == ""
+    assert first.termination().artifact_uri == "file:///out/"
+    assert second.termination().message == "this node completed; the node with rank 0 reports the artifact"
+
+
+def test_a_user_error_on_one_node_ends_the_other_with_the_same_verdict(tmp_path: Path) -> None:
+    script = """
+    beat.update(phase=Phase.TRAINING, step=9)
+    dist = connect()
+    dist.barrier()
+    if RANK == 1:
+        end(ExitClass.INVALID_DATA, "line 3 of a.jsonl is not JSON", exception="DataError")
+    try:
+        dist.barrier()
+    except Exception as error:
+        end(ExitClass.COMMUNICATION_FAILED, str(error))
+    succeed()
+    """
+    first, second = start_both(Rig(tmp_path, script, nodes=2, ranks=1))
+    assert (first.wait(90), second.wait(90)) == (11, 11)
+    for node in (first, second):
+        ended = node.termination()
+        assert (ended.exit_class, ended.guilty_rank) == (ExitClass.INVALID_DATA, 1)
+        assert ended.message == "line 3 of a.jsonl is not JSON"
+
+
+def test_a_killed_rank_on_one_node_restarts_both(tmp_path: Path) -> None:
+    script = """
+    beat.update(phase=Phase.TRAINING)
+    dist = connect()
+    dist.barrier()
+    if RANK == 1 and RESTART == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        dist.barrier()
+    except Exception as error:
+        end(ExitClass.COMMUNICATION_FAILED, str(error))
+    succeed()
+    """
+    first, second = start_both(Rig(tmp_path, script, nodes=2, ranks=1))
+    assert (first.wait(120), second.wait(120)) == (0, 0)
+    for node in (first, second):
+        assert "rank 1 failed (RankKilled): rank 1 was killed by SIGKILL" in node.errors
+        assert sorted(path.name for path in (node.work / "logs").iterdir()) == ["attempt-1", "attempt-2"]
+
+
+def test_sigterm_to_both_launchers_stops_both(tmp_path: Path) -> None:
+    script = "beat.update(phase=Phase.TRAINING)\nuntil_stopped()\nend(ExitClass.INTERRUPTED)"
+    first, second = start_both(Rig(tmp_path, script, nodes=2, ranks=1))
+    for node in (first, second):
+        node.wait_for_phase(Phase.TRAINING)
+    for node in (first, second):
+        node.signal(signal.SIGTERM)
+    assert (first.wait(), second.wait()) == (143, 143)
+
+
+def test_a_lost_launcher_of_node_0_is_told(tmp_path: Path) -> None:
+    script = "beat.update(phase=Phase.TRAINING)\nuntil_stopped()\nend(ExitClass.INTERRUPTED)"
+    rig = Rig(tmp_path, script, nodes=2, ranks=1)
+    first, second = start_both(rig)
+    second.wait_for_phase(Phase.TRAINING)
+    first.signal(signal.SIGKILL)
+    assert second.wait(90) == 33
+    ended = second.termination()
+    assert ended.exit_class == ExitClass.COMMUNICATION_FAILED
+    assert ended.message.startswith(f"node 1 lost the rendezvous store of node 0 at {rig.endpoint} (")
+    first.wait()
+
+
+def test_a_node_that_waits_for_node_0_in_vain_says_so(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, "succeed()", nodes=2, ranks=1, rendezvous_seconds=2)
+    node = rig.start(1)
+    assert node.wait() == 32
+    ended = node.termination()
+    assert ended.exit_class == ExitClass.RENDEZVOUS_FAILED
+    assert ended.message == (
+        f"the launcher of node 1 could not reach node 0 at {rig.endpoint} within 2 s ([Errno 111] Connection refused)"
+    )
+
+
+def test_node_0_that_waits_for_the_others_in_vain_says_so(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, "succeed()", nodes=2, ranks=1, rendezvous_seconds=3)
+    node = rig.start(0)
+    assert node.wait() == 32
+    assert node.termination().message == f"fewer than 2 launchers met at {rig.endpoint} within 3 s"
+
+
+def test_sigterm_while_waiting_for_the_other_node_ends_at_once(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, "succeed()", nodes=2, ranks=1, rendezvous_seconds=600)
+    node = rig.start(0)
+    deadline = time.monotonic() + 40
+    while time.monotonic() < deadline:
+        if (node.work / "launcher.json").exists() and node.progress().phase == Phase.RENDEZVOUS:
+            break
+        time.sleep(0.1)
+    time.sleep(1.0)
+    node.signal(signal.SIGTERM)
+    assert node.wait(timeout=20) == 143
+    assert node.termination().message == "stopped while the launcher was in phase Rendezvous; nothing is lost"
