@@ -50,7 +50,10 @@ class TrainingState:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> TrainingState:
-        return cls(**{k: [_RECORDS[k].model_validate(r) for r in v] if k in _RECORDS else v for k, v in data.items()})
+        values: dict[str, Any] = dict(data)
+        for key, record in _RECORDS.items():
+            values[key] = [record.model_validate(entry) for entry in data[key]]
+        return cls(**values)
 
 
 _RECORDS: dict[str, Any] = {"steps": StepRecord, "evaluations": EvaluationRecord, "samples": SampleRecord}
@@ -146,9 +149,9 @@ class Checkpointer:
             raise trouble
         for _, peer in gathered:
             if peer is not None:
-                error = FineTuneError(peer[1], hint=peer[2])
-                error.exit_class = peer[0]
-                raise error
+                peers_trouble = FineTuneError(peer[1], hint=peer[2])
+                peers_trouble.exit_class = peer[0]
+                raise peers_trouble
         return [result for result, _ in gathered]
 
 

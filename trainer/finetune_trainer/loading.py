@@ -16,7 +16,8 @@ from finetune_trainer.engines.base import Engine, ParameterRule
 from finetune_trainer.losses.causal_lm import HeadOptions, LogitTransform
 from finetune_trainer.model import DTYPES, CausalLMForTraining, build_skeleton
 from finetune_trainer.optimizers import parameter_rules
-from finetune_trainer.tuners import Tuner, make_tuner
+from finetune_trainer.tuners import make_tuner
+from finetune_trainer.tuners.base import Tuner
 from finetune_trainer.weights import ModelLoader, RandomWeights, WeightSource, pretrained_source
 from finetune_trainer.worker_config import WorkerConfig
 

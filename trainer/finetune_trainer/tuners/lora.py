@@ -78,7 +78,7 @@ class LoraTuner(Tuner):
                     nn.init.kaiming_uniform_(fresh, a=math.sqrt(5), generator=generator)
                 linear.weight = nn.Parameter(fresh.to(device))
         for key in ("lora_embedding_A", "lora_embedding_B"):
-            table = getattr(layer, key, None)
+            table: Any = getattr(layer, key, None)
             for adapter in list(table.keys()) if table is not None else []:
                 fresh = torch.zeros(table[adapter].shape, dtype=torch.float32)
                 if key.endswith("B"):
