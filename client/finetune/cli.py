@@ -98,13 +98,13 @@ class _Version(argparse.Action):
 
 def _complain(error: FineTuneError, source: str = "") -> None:
     """One sentence per problem on standard error."""
-    place = f"{source}: " if source else ""
     if isinstance(error, SpecError):
         for problem in error.problems:
+            place = f"{source}: " if source and problem.path != source else ""
             print(f"{place}{problem}", file=sys.stderr)
         return
     hint = f"; {error.hint}" if error.hint else ""
-    print(f"{place}{str(error).rstrip('.') if hint else error}{hint}", file=sys.stderr)
+    print(f"{str(error).rstrip('.') if hint else error}{hint}", file=sys.stderr)
 
 
 def _validate(options: argparse.Namespace) -> int:
