@@ -14,6 +14,7 @@ from finetune_api.plan import ModelFacts, ResolvedStrategy
 from finetune_api.rules import Rule, ask
 from finetune_api.spec import (
     FineTuneJobSpec,
+    GradientCheckpointing,
     MethodType,
     Offload,
     OptimizerType,
@@ -133,6 +134,17 @@ def _nvme_offload(c: Combination) -> Iterator[Problem]:
             )
 
 
+def _selective_recomputation(c: Combination) -> Iterator[Problem]:
+    mode = c.spec.training.gradient_checkpointing
+    if mode is GradientCheckpointing.SELECTIVE and c.strategy.zero_stage == 3:
+        yield Problem(
+            "spec.training.gradientCheckpointing",
+            mode.value,
+            "ZeRO stage 3 gathers weights inside the recomputed layers, which selective recomputation cannot replay",
+            "use Full, or distributed.strategy.type FSDP",
+        )
+
+
 _METHOD = ("method.type",)
 _OPTIMIZER = ("training.optimizer.type",)
 _STRATEGY = ("distributed.strategy", "distributed.nodes", "distributed.processesPerNode", "resources.accelerator")
@@ -144,6 +156,7 @@ COMBINATION_RULES: tuple[Rule[Combination], ...] = (
     Rule(_METHOD, _quantized_experts),
     Rule((*_METHOD, "output.format"), _output_of_full),
     Rule(_STRATEGY, _parameter_offload_stage),
+    Rule(("training.gradientCheckpointing", *_STRATEGY), _selective_recomputation),
     Rule((*_STRATEGY, "resources.scratch"), _nvme_offload),
 )
 

@@ -1,0 +1,66 @@
+"""Runs several jobs one after the other in one torchrun process group (imports cost more than the jobs)."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from finetune_trainer.distributed import RankContext, join_process_group
+from finetune_trainer.progress import HeartbeatWriter
+from finetune_trainer.recipe import Interrupted, train
+from finetune_trainer.worker_config import WorkerConfig
+
+
+class StopAt:
+    """Stands where SIGTERM's flag stands; set on the last rank only, so that the ranks have to agree."""
+
+    requested = False
+
+
+class Heartbeat(HeartbeatWriter):
+    def arm(self, step: int | None, stop: StopAt) -> None:
+        self.stop_step, self.stop = step, stop
+
+    def update(self, **fields: Any) -> None:
+        super().update(**fields)
+        if self.stop_step is not None and fields.get("step") == self.stop_step - 1:
+            self.stop.requested = True
+
+
+def run(config: WorkerConfig, context: RankContext, cut: int | None) -> None:
+    stop = StopAt()
+    heartbeat = Heartbeat(Path(config.trainer.work_directory), context.rank, context.local_rank)
+    heartbeat.arm(cut if context.rank == context.world_size - 1 else None, stop)
+    train(config, context, heartbeat, stop)  # type: ignore[arg-type]
+
+
+def main() -> None:
+    context = join_process_group("cpu", 120)
+    for parcel in json.loads(Path(sys.argv[1]).read_text()):
+        config = WorkerConfig.model_validate(parcel["config"])
+        print(f"== {parcel['tag']}", flush=True)
+        if parcel["cut"] is not None:
+            try:
+                run(config, context, parcel["cut"])
+            except Interrupted as interrupted:
+                print(interrupted, flush=True)
+            else:
+                raise AssertionError(f"{parcel['tag']}: not interrupted at step {parcel['cut']}")
+        if not parcel["stop_after_cut"]:
+            run(config, context, None)
+        context.barrier()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(1)
+    os._exit(0)

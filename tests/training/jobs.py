@@ -1,0 +1,172 @@
+"""Small real jobs for the training tests: a tiny Llama, chat data, and worker files as a launcher writes them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from finetune_api.model_facts import model_facts_from_config
+from finetune_api.plan import Facts
+from finetune_api.planner import complete_plan, make_plan
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.trainer_config import JobIdentity, Rendezvous, TrainerConfig
+from finetune_trainer.data import PreparedData, prepare
+from finetune_trainer.worker_config import WorkerConfig
+from tests.builders import build_model, conversations, write_jsonl
+
+ENGINES: dict[str, dict[str, Any]] = {
+    "DDP": {"type": "DDP"},
+    "FSDP": {"type": "FSDP"},
+    "ZeRO-1": {"type": "DeepSpeed", "deepspeed": {"zeroStage": 1}},
+    "ZeRO-2": {"type": "DeepSpeed", "deepspeed": {"zeroStage": 2}},
+    "ZeRO-3": {"type": "DeepSpeed", "deepspeed": {"zeroStage": 3}},
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "Full": {"type": "Full"},
+    "LoRA": {"type": "LoRA", "lora": {"rank": 4}},
+    "QLoRA": {"type": "QLoRA", "lora": {"rank": 4}},
+}
+DRIVER = Path(__file__).with_name("driver.py")
+
+
+@dataclass
+class Job:
+    """One job of a driver. ``cut``: ask for a stop at this step first, then run again to the end."""
+
+    tag: str
+    method: dict[str, Any]
+    engine: dict[str, Any]
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)  # merged into the spec's blocks
+    cut: int | None = None
+    stop_after_cut: bool = False
+    output: str | None = None  # jobs that share one resume from each other's checkpoints
+
+
+class Ground:
+    """A folder with a model and data in it."""
+
+    def __init__(self, folder: Path, rows: int = 60, **model: Any) -> None:
+        self.folder = folder
+        self.model = folder / "model"
+        if not (self.model / "config.json").exists():
+            build_model(self.model, **model)
+            write_jsonl(folder / "train.jsonl", conversations(rows))
+
+    def spec(self, job: Job, world_size: int) -> FineTuneJobSpec:
+        blocks: dict[str, Any] = {
+            "model": {"uri": f"file://{self.model}"},
+            "dataset": {
+                "train": [{"uri": f"file://{self.folder}/train.jsonl"}],
+                "maxSequenceLength": 128,
+                "packing": False,
+            },
+            "method": job.method,
+            "training": {"maxSteps": 20, "globalBatchSize": 8, "precision": "FP32", "learningRate": 3e-3},
+            "distributed": {"processesPerNode": world_size, "strategy": job.engine},
+            "checkpoint": {"everySteps": 100},
+            "output": {"uri": f"file://{self.folder}/out/{_word(job.output or job.tag)}"},
+        }
+        for name, block in job.settings.items():
+            blocks[name] = {**blocks.get(name, {}), **block}
+        return FineTuneJobSpec.model_validate(blocks)
+
+    def trainer_config(self, job: Job, world_size: int) -> TrainerConfig:
+        spec = self.spec(job, world_size)
+        identity = JobIdentity(name="job", uid="uid")
+        model_facts = model_facts_from_config(json.loads((self.model / "config.json").read_text()), None)
+        return TrainerConfig(
+            job=identity,
+            spec=spec,
+            plan=make_plan(spec, Facts(model=model_facts), identity),
+            rendezvous=Rendezvous(endpoint="localhost:0", minimum_nodes=1, maximum_nodes=1),
+            work_directory=str(self.work(job)),
+            cache_directory=str(self.folder / "cache"),
+            metrics_port=0,
+        )
+
+    def worker_config(self, job: Job, world_size: int) -> WorkerConfig:
+        """What the launcher would write for this job."""
+        config = self.trainer_config(job, world_size)
+        data = prepare(config, self.model, lambda *_: None)
+        plan = complete_plan(config.plan, config.spec, data.facts, None)
+        return WorkerConfig(
+            trainer=config.model_copy(update={"plan": plan}),
+            model_directory=str(self.model),
+            data_directory=str(data.directory),
+            log_directory=str(self.folder / "logs"),
+        )
+
+    def data(self, job: Job) -> PreparedData:
+        return PreparedData.open(self.worker_config(job, 1).data_directory)
+
+    def work(self, job: Job) -> Path:
+        return self.folder / "work" / _word(job.tag)
+
+    def run(self, jobs: list[Job], world_size: int, limit_seconds: float = 900) -> dict[str, Outcome]:
+        """Run jobs one after the other in one torchrun process group; tag -> outcome."""
+        parcels = [
+            {"config": self.worker_config(job, world_size).model_dump(mode="json", by_alias=True), **_driving(job)}
+            for job in jobs
+        ]
+        parcel = self.folder / f"jobs-{os.getpid()}-{world_size}.json"
+        parcel.write_text(json.dumps(parcels))
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+                *("--nproc-per-node", str(world_size), str(DRIVER), str(parcel)),
+            ],
+            env=rank_environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=limit_seconds,
+        )
+        if done.returncode != 0:
+            end = done.stdout.rfind("Failures:")
+            raise AssertionError(f"torchrun ended with {done.returncode}:\n{done.stdout[:end][-5000:]}")
+        return {job.tag: self.outcome(job) for job in jobs if not job.stop_after_cut}
+
+    def outcome(self, job: Job) -> Outcome:
+        work = self.work(job)
+        return Outcome(json.loads((work / "report" / "report.json").read_text()), work / "artifact")
+
+
+@dataclass
+class Outcome:
+    """What a finished job left behind."""
+
+    report: dict[str, Any]
+    artifact: Path
+
+    @property
+    def losses(self) -> list[float]:
+        return [step["loss"] for step in self.report["steps"]]
+
+    @property
+    def weights(self) -> bytes:
+        """The artifact's tensors as bytes."""
+        names = ("adapter_model.safetensors", "model.safetensors")
+        return next((self.artifact / name).read_bytes() for name in names if (self.artifact / name).exists())
+
+
+def rank_environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+
+
+def largest_difference(one: list[float], other: list[float]) -> float:
+    assert len(one) == len(other), f"{len(one)} steps and {len(other)} steps"
+    return float((torch.tensor(one) - torch.tensor(other)).abs().max())
+
+
+def _driving(job: Job) -> dict[str, Any]:
+    return {"tag": job.tag, "cut": job.cut, "stop_after_cut": job.stop_after_cut}
+
+
+def _word(text: str) -> str:
+    return text.replace(" ", "-")
