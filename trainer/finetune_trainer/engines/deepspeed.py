@@ -163,7 +163,11 @@ class DeepSpeedEngine(Engine):
 
     def _flat_partitions(self) -> list[torch.Tensor]:
         """The fp32 tensors that the inner optimizer updates on this rank."""
-        return self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
+        if self.stage == 3:
+            return list(self.zero.fp32_partitioned_groups_flat)
+        if hasattr(self.zero, "fp32_groups_flat_partition"):  # stage 1 in BF16 is an optimizer class of its own
+            return list(self.zero.fp32_groups_flat_partition)
+        return list(self.zero.single_partition_of_fp32_groups)
 
     def _elementwise_keys(self) -> list[str]:
         for flat in self._flat_partitions():
