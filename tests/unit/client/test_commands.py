@@ -127,6 +127,17 @@ def test_the_plan_with_facts_counts_parameters_and_memory(manifest: Path, tmp_pa
     assert " per device (weights " in ended.stdout
 
 
+def test_a_machine_without_the_trainer_is_told_what_to_install(manifest: Path, tmp_path: Path) -> None:
+    hidden = "import sys\nsys.modules['torch'] = sys.modules['peft'] = None\n"  # as if they were not installed
+    program = f"{hidden}from finetune.cli import main\nsys.exit(main(['run', {str(manifest)!r}]))"
+    ended = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (10, "")
+    assert ended.stderr == (
+        "finetune run trains on this machine and needs torch, peft, not installed here;"
+        ' install the trainer: pip install "finetune-operator[trainer]"\n'
+    )
+
+
 def test_missing_model_files_are_told_before_anything_runs(manifest: Path, tmp_path: Path) -> None:
     ended = finetune("run", "job.yaml", cwd=tmp_path)
     assert ended.returncode == 12
