@@ -2,7 +2,8 @@
 
 Registered with transformers under the name ``segmented``; a micro-batch is one row (1, T) and the segment boundaries
 travel as ``cu_seq_lens_q`` (transformers' own keyword), so activation checkpointing recomputes with the same ones.
-CUDA in 16 bit uses torch's variable-length flash kernel; elsewhere one SDPA call per segment, which is the reference.
+CUDA in 16 bit uses torch's variable-length flash kernel; elsewhere, and where that kernel cannot compute what the layer
+asks for, one SDPA call per segment, which is the reference.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import math
 from collections.abc import Callable
 
 import torch
@@ -18,7 +20,9 @@ from torch.nn import functional as F
 from finetune_api.errors import ModelError
 
 IMPLEMENTATION = "segmented"
-computed_in: set[torch.dtype] = set()  # types that attention really ran in, for the self-check
+computed_in: set[tuple[str, torch.dtype]] = set()  # kernels that attention really ran in and their types
+_WIDEST_HEAD = 256
+_FIRST_CAPABILITY = (8, 0)  # Ampere; flash attention has no kernels for older devices
 # Keywords through which some architectures change the softmax itself; computing without them would be silently wrong.
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias", "sinks")
 
@@ -28,11 +32,6 @@ def register() -> None:
     from transformers import AttentionInterface
 
     AttentionInterface.register(IMPLEMENTATION, segmented_attention)
-
-
-def kernel_name(device: torch.device, dtype: torch.dtype) -> str:
-    """The kernel that will run, for the self-check: ``varlen flash`` or ``sdpa per segment``."""
-    return "varlen flash" if _varlen_usable(device, dtype) else "sdpa per segment"
 
 
 def segmented_attention(
@@ -64,11 +63,12 @@ def segmented_attention(
     if torch.is_autocast_enabled(kind):  # rotary tables in fp32 promote queries and keys, not values
         dtype = torch.get_autocast_dtype(kind)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    computed_in.add(query.dtype)
-    if dropout == 0.0 and _varlen_usable(query.device, query.dtype):
+    if dropout == 0.0 and _on_flash_hardware(query) and varlen_computes(query, scaling, sliding_window):
         attend: Callable[..., torch.Tensor] = _attend_varlen
+        computed_in.add(("varlen flash", query.dtype))
     else:
         attend = functools.partial(_attend_per_segment, dropout=dropout)
+        computed_in.add(("sdpa per segment", query.dtype))
     out = attend(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window)
     return out, None
 
@@ -121,26 +121,47 @@ def _attend_varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, D)
-    parameters = _varlen_parameters()
+    parameters = varlen_parameters()
     if k.shape[1] != q.shape[1] and "enable_gqa" not in parameters:
         repeat = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
     extra: dict[str, object] = {"enable_gqa": k.shape[1] != q.shape[1]} if "enable_gqa" in parameters else {}
+    if "scale" in parameters:
+        extra["scale"] = scaling
     if "window_size" in parameters:
         extra["window_size"] = (-1 if sliding_window is None else sliding_window - 1, 0)
     else:
         extra["is_causal"] = True
     longest = longest if longest is not None else int((boundaries[1:] - boundaries[:-1]).max())
-    out = varlen_attn(q, k, v, boundaries, boundaries, longest, longest, scale=scaling, **extra)
-    return out.unsqueeze(0)
+    return varlen_attn(q, k, v, boundaries, boundaries, longest, longest, **extra).unsqueeze(0)
 
 
-def _varlen_usable(device: torch.device, dtype: torch.dtype) -> bool:
-    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and bool(_varlen_parameters())
+def varlen_computes(query: torch.Tensor, scaling: float | None, sliding_window: int | None) -> bool:
+    """Whether this torch's kernel knows the head size, the scale and the window (torch 2.9 has neither of the two)."""
+    parameters = varlen_parameters()
+    width = query.shape[-1]
+    return (
+        bool(parameters)
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and width % 8 == 0
+        and width <= _WIDEST_HEAD
+        and ("scale" in parameters or scaling is None or math.isclose(scaling, width**-0.5))
+        and ("window_size" in parameters or sliding_window is None)
+    )
+
+
+def _on_flash_hardware(query: torch.Tensor) -> bool:
+    return query.device.type == "cuda" and _capability(query.device) >= _FIRST_CAPABILITY
 
 
 @functools.cache
-def _varlen_parameters() -> frozenset[str]:
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@functools.cache
+def varlen_parameters() -> frozenset[str]:
+    """Names of what ``varlen_attn`` takes; empty where this torch has none."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:

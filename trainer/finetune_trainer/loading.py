@@ -10,7 +10,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from finetune_api.plan import CheckpointingMode
-from finetune_api.spec import Initialization
+from finetune_api.spec import Initialization, MethodType, StrategyType
 from finetune_trainer.checkpoint import CheckpointReader
 from finetune_trainer.engines.base import Engine, ParameterRule
 from finetune_trainer.losses.causal_lm import HeadOptions, LogitTransform
@@ -18,6 +18,8 @@ from finetune_trainer.model import DTYPES, CausalLMForTraining, build_skeleton
 from finetune_trainer.optimizers import parameter_rules
 from finetune_trainer.tuners import make_tuner
 from finetune_trainer.tuners.base import Tuner
+from finetune_trainer.tuners.fused_lora import fuse
+from finetune_trainer.tuners.lora import ADAPTER
 from finetune_trainer.weights import ModelLoader, RandomWeights, WeightSource, pretrained_source
 from finetune_trainer.worker_config import WorkerConfig
 
@@ -50,7 +52,11 @@ def load_model(
     tuner.apply(model)
     rules = parameter_rules(model, tuner, spec)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    _checkpoint_activations(model, engine.plan.gradient_checkpointing)
+    mode = engine.plan.gradient_checkpointing
+    if spec.method.type is not MethodType.FULL and engine.plan.strategy.type is not StrategyType.DEEPSPEED:
+        # ZeRO-3 gathers weights in the call of each layer that owns one, which the fused function goes around
+        fuse(model, ADAPTER, in_place=mode is not CheckpointingMode.SELECTIVE)
+    _checkpoint_activations(model, mode)
     options = HeadOptions(spec.training.label_smoothing, LogitTransform.of(model.config.get_text_config()))
     module = CausalLMForTraining(model, options, spec.training.neftune_alpha)
     module.train()
@@ -79,6 +85,6 @@ def _checkpoint_activations(model: object, mode: CheckpointingMode) -> None:
 
 
 def _keep_products(_context: object, operation: object, *_args: object, **_kwargs: object) -> CheckpointPolicy:
-    expensive = str(operation).split(".")[1] if "." in str(operation) else ""
-    keep = expensive in {"mm", "addmm", "bmm"} or "attention" in expensive
+    name = str(operation).split(".")[1] if "." in str(operation) else ""  # torch_attn._varlen_attn.default
+    keep = name in {"mm", "addmm", "bmm"} or "attention" in name or "attn" in name
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

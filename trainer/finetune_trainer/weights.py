@@ -168,9 +168,16 @@ class ModelLoader:
             self._fill_unit(layer, name)
             shard(layer)
         self._fill_unit(self.model, "")
-        self.model.to(self.device)  # buffers; parameters are there already
+        self._move_buffers()
         left = [n for n, p in self.model.named_parameters() if p.device.type == "meta"]
         assert not left, f"parameters never filled: {left[:3]}"
+
+    def _move_buffers(self) -> None:
+        """Only buffers: an engine may keep its shards of parameters elsewhere (offload to the host)."""
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(self.device)
 
     def _fill_unit(self, unit: nn.Module, prefix: str) -> None:
         for name, module in unit.named_modules(prefix=prefix):
