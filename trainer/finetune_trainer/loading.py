@@ -15,11 +15,10 @@ from finetune_trainer.checkpoint import CheckpointReader
 from finetune_trainer.engines.base import Engine, ParameterRule
 from finetune_trainer.losses.causal_lm import HeadOptions, LogitTransform
 from finetune_trainer.model import DTYPES, CausalLMForTraining, build_skeleton
+from finetune_trainer.norms import use_torch_rms_norm
 from finetune_trainer.optimizers import parameter_rules
 from finetune_trainer.tuners import make_tuner
 from finetune_trainer.tuners.base import Tuner
-from finetune_trainer.tuners.fused_lora import fuse
-from finetune_trainer.tuners.lora import ADAPTER
 from finetune_trainer.weights import ModelLoader, RandomWeights, WeightSource, pretrained_source
 from finetune_trainer.worker_config import WorkerConfig
 
@@ -54,8 +53,13 @@ def load_model(
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     mode = engine.plan.gradient_checkpointing
     if spec.method.type is not MethodType.FULL and engine.plan.strategy.type is not StrategyType.DEEPSPEED:
+        from finetune_trainer.tuners.fused_lora import fuse
+        from finetune_trainer.tuners.lora import ADAPTER
+
         # ZeRO-3 gathers weights in the call of each layer that owns one, which the fused function goes around
         fuse(model, ADAPTER, in_place=mode is not CheckpointingMode.SELECTIVE)
+    if device.type == "cuda":  # on CPU both ways are the same operations
+        use_torch_rms_norm(model)
     _checkpoint_activations(model, mode)
     options = HeadOptions(spec.training.label_smoothing, LogitTransform.of(model.config.get_text_config()))
     module = CausalLMForTraining(model, options, spec.training.neftune_alpha)

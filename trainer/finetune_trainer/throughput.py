@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -9,16 +10,20 @@ from torch import nn
 
 from finetune_api.spec import MethodType
 
-# Dense bf16 / fp16 peak, FLOP/s, from the vendors' datasheets (SXM parts).
+# Dense bf16 / fp16 peak, FLOP/s, from the vendor's datasheets, by words of the device's name; the first match counts.
 _PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "GH200": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10": 125e12,
-    "B200": 2250e12,
+    ("B200",): 2250e12,
+    ("H200",): 989e12,
+    ("GH200",): 989e12,
+    ("H100", "PCIe"): 756e12,
+    ("H100", "NVL"): 835e12,
+    ("H100",): 989e12,
+    ("A100",): 312e12,
+    ("L40S",): 362e12,
+    ("L40",): 181e12,
+    ("L4",): 121e12,
+    ("A10G",): 70e12,
+    ("A10",): 125e12,
 }
 
 
@@ -26,8 +31,13 @@ def peak_flops(device: torch.device) -> float | None:
     """The device's dense 16-bit peak, or None where it is not known (CPU)."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in _PEAK_FLOPS.items() if key in name), None)
+    return peak_flops_of(torch.cuda.get_device_name(device))
+
+
+def peak_flops_of(name: str) -> float | None:
+    """The peak by a device's name: ``NVIDIA H100 80GB HBM3``."""
+    words = set(re.split(r"[ -]", name))
+    return next((peak for key, peak in _PEAK_FLOPS.items() if words.issuperset(key)), None)
 
 
 class FlopCounter:

@@ -126,7 +126,9 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias and bias is not None else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-        size = chunk_length(weight.shape[0])
+        # every chunk reads and writes the whole gradient of the weight: on fast devices that is what a chunk costs
+        whole = needs_weight and device_type == "cuda"
+        size = _MAXIMUM_CHUNK if whole else chunk_length(weight.shape[0])
         with torch.autocast(device_type, enabled=False):
             for start in range(0, hidden.shape[0], size):
                 rows = slice(start, start + size)
