@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.builders import build_model, conversations, write_jsonl
+
 from finetune_api.model_facts import model_facts_from_config
 from finetune_api.plan import Facts
 from finetune_api.planner import complete_plan, make_plan
@@ -18,7 +20,6 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.trainer_config import JobIdentity, Rendezvous, TrainerConfig
 from finetune_trainer.data import PreparedData, prepare
 from finetune_trainer.worker_config import WorkerConfig
-from tests.builders import build_model, conversations, write_jsonl
 
 ENGINES: dict[str, dict[str, Any]] = {
     "DDP": {"type": "DDP"},

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from tests.training.jobs import ENGINES, METHODS, Ground, Job, largest_difference
+
 from finetune_api.spec import LoraOptions
 from finetune_trainer.data import PreparedData, SampleStream
 from finetune_trainer.seeding import generator_for
-from tests.training.jobs import ENGINES, METHODS, Ground, Job, largest_difference
 
 STEPS, WARMUP, BATCH, RATE = 20, 1, 8, 3e-3
 

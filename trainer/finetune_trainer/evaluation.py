@@ -1,4 +1,4 @@
-"""Validation loss over all ranks, and a few answers in words."""
+"""Validation loss over all ranks."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ import numpy as np
 import torch
 
 from finetune_api.report import EvaluationRecord
-from finetune_trainer.data import Batch, Sample, TokenDataset, collate, deal
+from finetune_trainer.data import Batch, TokenDataset, collate, deal
 from finetune_trainer.distributed import RankContext
 from finetune_trainer.engines.base import Engine
-
-NEW_TOKENS = 48
 
 
 def evaluate(engine: Engine, dataset: TokenDataset, context: RankContext, step: int) -> EvaluationRecord:
@@ -41,28 +39,6 @@ def evaluate(engine: Engine, dataset: TokenDataset, context: RankContext, step: 
     )
 
 
-def answer(engine: Engine, prompts: list[list[int]], context: RankContext, end_tokens: set[int]) -> list[list[int]]:
-    """Greedy answers of at most 48 tokens, without a cache: every rank computes the same, so any engine can do it."""
-    rows = [list(prompt) for prompt in prompts]
-    answers: list[list[int]] = [[] for _ in prompts]
-    done = [False] * len(prompts)
-    for _ in range(NEW_TOKENS):
-        batch = collate([_prompt_sample(row) for row in rows])
-        logits = engine.evaluate(to_device(batch, context.device), last_token=True)  # (S, V)
-        chosen = context.broadcast(logits.argmax(-1).tolist())
-        for i, token in enumerate(chosen):
-            if done[i]:
-                continue
-            if token in end_tokens:
-                done[i] = True
-            else:
-                rows[i].append(token)
-                answers[i].append(token)
-        if all(done):
-            break
-    return answers
-
-
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch's tensors on ``device``."""
     if device.type == "cpu":
@@ -75,8 +51,3 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         cumulative_lengths=move(batch.cumulative_lengths),
         longest_segment=batch.longest_segment,
     )
-
-
-def _prompt_sample(tokens: list[int]) -> Sample:
-    ids = np.asarray(tokens, dtype=np.int32)
-    return Sample(ids, np.full_like(ids, -100), np.asarray([len(ids)], dtype=np.int32))

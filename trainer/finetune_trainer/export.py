@@ -16,8 +16,7 @@ from finetune_api.spec import OutputFormat
 from finetune_trainer.checkpoint import CheckpointReader
 from finetune_trainer.data import DEFAULT_CHAT_TEMPLATE, PreparedData
 from finetune_trainer.loading import LoadedModel
-from finetune_trainer.tuners.lora import LoraTuner
-from finetune_trainer.tuners.quantization import QuantizedLinear
+from finetune_trainer.tuners.base import is_packed
 from finetune_trainer.worker_config import WorkerConfig
 
 _SHARD_BYTES = 5 * 10**9
@@ -114,19 +113,22 @@ def merge(config: WorkerConfig, loaded: LoadedModel, checkpoint: CheckpointReade
 
 
 @torch.no_grad()
-def _replace_by_trained_weights(base: nn.Module, loaded: LoadedModel, tuner: LoraTuner) -> None:
+def _replace_by_trained_weights(base: nn.Module, loaded: LoadedModel, tuner: Any) -> None:
     """Round the base as training did: to the compute dtype, and through 4 bit where layers were quantised."""
     for parameter in base.parameters():
         parameter.copy_(parameter.to(tuner.compute_dtype).float())
     for name, layer in loaded.module.model.named_modules():
-        if isinstance(layer, QuantizedLinear):
+        if is_packed(layer):
             linear: Any = base.get_submodule(tuner.source_name(name + ".weight").removesuffix(".weight"))
-            twin = QuantizedLinear(linear, layer.quant_type, layer.double, layer.compute_dtype)
-            twin.quantize(linear.weight.to(layer.compute_dtype))
+            stored: Any = layer
+            twin = type(stored)(linear, stored.quant_type, stored.double, stored.compute_dtype)
+            twin.quantize(linear.weight.to(stored.compute_dtype))
             linear.weight.copy_(twin.dequantize(torch.float32))
 
 
-def _lora(loaded: LoadedModel) -> LoraTuner:
+def _lora(loaded: LoadedModel) -> Any:
+    from finetune_trainer.tuners.lora import LoraTuner
+
     assert isinstance(loaded.tuner, LoraTuner), "the planner allows adapters for LoRA and QLoRA only"
     return loaded.tuner
 

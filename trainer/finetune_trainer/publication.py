@@ -1,8 +1,7 @@
-"""The last phase of a job: answers in words, artifact files, model card, report, verified publication."""
+"""The last phase of a job: artifact files, model card, report, verified publication."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import time
@@ -13,60 +12,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finetune_api.digests import training_digest
-from finetune_api.report import JobResult, Report, SampleRecord
+from finetune_api.report import JobResult, Report
 from finetune_storage import ObjectStore
 from finetune_trainer.checkpoint import CheckpointReader
-from finetune_trainer.data import PreparedData
-from finetune_trainer.distributed import RankContext
-from finetune_trainer.engines.base import Engine
-from finetune_trainer.evaluation import answer
 from finetune_trainer.export import export
 from finetune_trainer.model_card import model_card
 from finetune_trainer.model_files import describe_base_model
 from finetune_trainer.publish import ArtifactDescription, PublishedArtifact, package_versions, publish
 from finetune_trainer.report import write_report
-from finetune_trainer.worker_config import WorkerConfig
 
 if TYPE_CHECKING:
     from finetune_trainer.recipe import Run
-
-_MAXIMUM_PROMPT = 512  # tokens; longer prompts are left out of the samples
-
-
-def answers_before(
-    engine: Engine, data: PreparedData, context: RankContext, config: WorkerConfig
-) -> list[SampleRecord]:
-    """The base model's answers to a few validation prompts. Collective."""
-    chosen = [sample for sample in data.samples if 0 < len(sample["prompt_ids"]) <= _MAXIMUM_PROMPT]
-    texts = _answer_texts(engine, [sample["prompt_ids"] for sample in chosen], context, config)
-    return [
-        SampleRecord(prompt=sample["prompt"], reference=sample["reference"], before=text, after="")
-        for sample, text in zip(chosen, texts, strict=True)
-    ]
-
-
-def answers_after(
-    engine: Engine, data: PreparedData, context: RankContext, config: WorkerConfig, before: list[SampleRecord]
-) -> list[SampleRecord]:
-    """The same prompts answered by the model as it is now. Collective."""
-    prompts = {sample["prompt"]: sample["prompt_ids"] for sample in data.samples}
-    texts = _answer_texts(engine, [prompts[record.prompt] for record in before], context, config)
-    return [record.model_copy(update={"after": text}) for record, text in zip(before, texts, strict=True)]
-
-
-def _answer_texts(engine: Engine, prompts: list[list[int]], context: RankContext, config: WorkerConfig) -> list[str]:
-    if not prompts:
-        return []
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(config.model_directory)
-    ends = {tokenizer.eos_token_id}
-    generation = Path(config.model_directory) / "generation_config.json"
-    if generation.exists():
-        declared = json.loads(generation.read_text()).get("eos_token_id")
-        ends.update(declared if isinstance(declared, list) else [declared])
-    answers = answer(engine, prompts, context, {token for token in ends if token is not None})
-    return [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in answers]
 
 
 def publish_job(run: Run, checkpoint_directory: Path) -> JobResult:

@@ -15,7 +15,8 @@ from finetune_api.errors import NumericalError
 from finetune_api.plan import Plan
 from finetune_api.report import JobResult, Phase, StepRecord
 from finetune_storage import ObjectStore
-from finetune_trainer import publication, selfcheck
+from finetune_trainer import selfcheck
+from finetune_trainer.answers import answers_after, answers_before
 from finetune_trainer.checkpoint import Checkpointer, CheckpointReader, SavedCheckpoint, TrainingState
 from finetune_trainer.checkpoint_store import CheckpointStore
 from finetune_trainer.data import PreparedData, SampleStream, collate, deal
@@ -121,7 +122,7 @@ class Run:
         self._say(_summary(self.plan, self.self_check[0]))
         if self.state.step == 0 and not self.state.evaluations:
             self._evaluate()
-            self.state.samples = publication.answers_before(self.engine, self.data, self.context, self.config)
+            self.state.samples = answers_before(self.engine, self.data, self.context, self.config)
         self.heartbeat.update(phase=Phase.TRAINING, step=self.state.step)
 
     # -- one optimizer step ------------------------------------------------------------------------------------------
@@ -231,9 +232,7 @@ class Run:
         if self.state.best_loss is None or loss < self.state.best_loss - stopping.minimum_delta:
             self.state.best_loss, self.state.best_step = loss, self.state.step
             self.state.evaluations_without_gain = 0
-            self.state.samples = publication.answers_after(
-                self.engine, self.data, self.context, self.config, self.state.samples
-            )
+            self.state.samples = answers_after(self.engine, self.data, self.context, self.config, self.state.samples)
             self._save(self.best_store)
         else:
             self.state.evaluations_without_gain += 1
@@ -261,9 +260,7 @@ class Run:
     def finish_training(self) -> None:
         """Answers of the tuned model, and a last checkpoint: what is published is what is checkpointed."""
         if self.state.best_step is None:
-            self.state.samples = publication.answers_after(
-                self.engine, self.data, self.context, self.config, self.state.samples
-            )
+            self.state.samples = answers_after(self.engine, self.data, self.context, self.config, self.state.samples)
         if self.saved is None or self.saved.step != self.state.step:
             self._save()
 
@@ -276,7 +273,9 @@ class Run:
         self.checkpointer.fetch(store, best if best is not None else self.state.step, directory)
         result = None
         if self.context.is_first:
-            result = publication.publish_job(self, directory)
+            from finetune_trainer.publication import publish_job  # its libraries would delay the first step
+
+            result = publish_job(self, directory)
             self._say(f"published {result.artifact_uri} (manifest sha256 {result.artifact_manifest_sha256})")
         self.context.barrier()
         self.heartbeat.update(phase=Phase.DONE)

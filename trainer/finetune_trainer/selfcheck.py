@@ -16,7 +16,7 @@ from finetune_trainer.data import Batch, PreparedData
 from finetune_trainer.distributed import RankContext
 from finetune_trainer.engines.base import Engine
 from finetune_trainer.model import DTYPES
-from finetune_trainer.tuners.quantization import QuantizedLinear
+from finetune_trainer.tuners.base import is_packed
 
 _LOGIT_TOLERANCE = {Precision.FP32: 1e-3, Precision.BF16: 0.15, Precision.FP16: 0.05}
 
@@ -26,7 +26,7 @@ def inspect_rank(engine: Engine, data: PreparedData, context: RankContext, weigh
     model: Any = engine.module.model
     parameters = list(model.named_parameters())
     trainable = [p for _, p in parameters if p.requires_grad]
-    quantized = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    quantized = [m for m in model.modules() if is_packed(m)]
     compute = engine.compute_dtype
     tokens = int(data.train.lengths.sum())
     return {

@@ -6,8 +6,10 @@ their mapped pages do not pile up in a rank's memory.
 
 from __future__ import annotations
 
+import ctypes
 import json
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,7 @@ from torch import nn
 from finetune_api.errors import ModelError
 from finetune_trainer.model import decoder_layers
 from finetune_trainer.seeding import seed_for
-from finetune_trainer.tuners.base import Tuner
-from finetune_trainer.tuners.quantization import QuantizedLinear
+from finetune_trainer.tuners.base import Tuner, is_packed
 
 
 class WeightSource(ABC):
@@ -59,7 +60,7 @@ class PretrainedWeights(WeightSource):
                 raise ModelError(f"{self.directory}: no tensor '{name}' in its safetensors; the download is incomplete")
             tensor = self._handle(self.files[key]).get_tensor(key)
             expected = module._parameters[attribute]
-            if expected is not None and not isinstance(module, QuantizedLinear) and tensor.shape != expected.shape:
+            if expected is not None and not is_packed(module) and tensor.shape != expected.shape:
                 raise ModelError(
                     f"{self.directory / self.files[key]}: tensor '{key}' has shape {tuple(tensor.shape)}, config.json "
                     f"implies {tuple(expected.shape)}; config.json and weights do not belong together"
@@ -112,8 +113,9 @@ class RandomWeights(WeightSource):
     @torch.no_grad()
     def fill(self, module: nn.Module, names: dict[str, str]) -> dict[str, torch.Tensor]:
         target: nn.Module = module
-        if isinstance(module, QuantizedLinear):
-            target = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+        if is_packed(module):
+            linear: Any = module
+            target = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         saved = dict(target._parameters)
         for attribute in names:
             shape = saved[attribute].shape  # type: ignore[union-attr]
@@ -158,6 +160,7 @@ class ModelLoader:
         self.model, self.tuner, self.source, self.device = model, tuner, source, device
         self.trained = trained  # weights of a checkpoint that is resumed, by name
         self._done: dict[int, nn.Parameter] = {}  # tied parameters stay one object
+        self._tied = _tied(model)
         self._resumed: set[str] = set()
         self._keep: list[nn.Parameter] = []  # ids are unique only while the objects live
 
@@ -167,6 +170,7 @@ class ModelLoader:
         for name, layer in zip(names, layers, strict=True):
             self._fill_unit(layer, name)
             shard(layer)
+            _return_freed_memory()
         self._fill_unit(self.model, "")
         self._move_buffers()
         left = [n for n, p in self.model.named_parameters() if p.device.type == "meta"]
@@ -206,16 +210,30 @@ class ModelLoader:
         if not wanted:
             return
         for attribute, tensor in self.source.fill(module, wanted).items():
-            if isinstance(module, QuantizedLinear) and attribute == "weight":
+            if is_packed(module) and attribute == "weight":
                 module.quantize(tensor.to(self.device, module.compute_dtype))
                 continue
             old = module._parameters[attribute]
             assert old is not None
             dtype = torch.float32 if old.requires_grad else self.tuner.compute_dtype
             fresh = nn.Parameter(tensor.to(self.device, dtype, copy=True), requires_grad=old.requires_grad)
-            self._done[id(old)] = fresh
-            self._keep.append(old)
+            if id(old) in self._tied:  # any other would outlive its sharding here: the whole model in host memory
+                self._done[id(old)] = fresh
+                self._keep.append(old)
             setattr(module, attribute, fresh)
+
+
+def _tied(model: nn.Module) -> set[int]:
+    """Ids of the parameters that have more than one name."""
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    return {identity for identity, count in uses.items() if count > 1}
+
+
+def _return_freed_memory() -> None:
+    """Have glibc give freed pages back: it keeps tensors of up to 32 MiB, which adds up to a good part of a model."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _has_meta(module: nn.Module) -> bool:

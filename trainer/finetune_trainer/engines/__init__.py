@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 from finetune_api.plan import Plan
 from finetune_api.spec import FineTuneJobSpec, StrategyType
 from finetune_trainer.distributed import RankContext
 from finetune_trainer.engines.base import Engine
-from finetune_trainer.engines.ddp import DdpEngine
-from finetune_trainer.engines.deepspeed import DeepSpeedEngine
-from finetune_trainer.engines.fsdp import FsdpEngine
 
-ENGINES: dict[StrategyType, type[Engine]] = {
-    StrategyType.DDP: DdpEngine,
-    StrategyType.FSDP: FsdpEngine,
-    StrategyType.DEEPSPEED: DeepSpeedEngine,
+# Module and class: an engine's libraries cost seconds to import, so only the chosen one is loaded.
+ENGINES: dict[StrategyType, tuple[str, str]] = {
+    StrategyType.DDP: ("ddp", "DdpEngine"),
+    StrategyType.FSDP: ("fsdp", "FsdpEngine"),
+    StrategyType.DEEPSPEED: ("deepspeed", "DeepSpeedEngine"),
 }
 
 
 def make_engine(plan: Plan, spec: FineTuneJobSpec, context: RankContext) -> Engine:
     """The engine of the plan's resolved strategy."""
-    return ENGINES[plan.strategy.type](plan, spec, context)
+    module, name = ENGINES[plan.strategy.type]
+    engine: type[Engine] = getattr(import_module(f"{__name__}.{module}"), name)
+    return engine(plan, spec, context)

@@ -11,6 +11,11 @@ from torch import nn
 from finetune_api.spec import FineTuneJobSpec
 
 
+def is_packed(module: nn.Module) -> bool:
+    """Whether a layer is stored in 4 bit (``quantization.QuantizedLinear``), told without importing bitsandbytes."""
+    return getattr(module, "packed_4bit", False)
+
+
 class Tuner(ABC):
     """Decides which parameters exist and which of them learn. Works on a model whose parameters are on ``meta``."""
 

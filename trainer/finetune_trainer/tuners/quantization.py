@@ -24,6 +24,8 @@ class QuantizedLinear(bnb.nn.Linear4bit):
     Before ``quantize`` runs, ``weight`` is an empty (out, in) tensor on the meta device.
     """
 
+    packed_4bit = True
+
     def __init__(self, linear: nn.Linear, quant_type: str, double: bool, compute_dtype: torch.dtype) -> None:
         super().__init__(
             linear.in_features,

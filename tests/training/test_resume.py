@@ -1,0 +1,134 @@
+"""Killed or stopped at a random step, a job ends with the very bytes of the undisturbed one."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.training.jobs import ENGINES, METHODS, Ground, Job, largest_difference, rank_environment
+
+from finetune_api.trainer_config import Rendezvous
+from finetune_trainer.progress import read_heartbeats
+
+SETTINGS = {
+    "training": {"maxSteps": 40, "globalBatchSize": 16, "precision": "FP32", "learningRate": 3e-3},
+    "checkpoint": {"everySteps": 7},
+}
+COMBINATIONS = [("DDP", "LoRA"), ("FSDP", "QLoRA"), ("ZeRO-1", "Full"), ("ZeRO-2", "LoRA"), ("ZeRO-3", "QLoRA")]
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(("engine", "method"), COMBINATIONS)
+def test_a_killed_rank_and_a_stopped_launcher_change_no_byte_of_the_adapter(
+    ground: Ground, engine: str, method: str
+) -> None:
+    reference = Job("undisturbed", METHODS[method], ENGINES[engine], SETTINGS)
+    expected = ground.run([reference], 2)["undisturbed"]
+    chance = random.Random(f"{engine} {method}")
+
+    killed = Job("killed", METHODS[method], ENGINES[engine], SETTINGS)
+    launcher = start(ground, killed)
+    ranks = wait_for_step(ground.work(killed), chance.randint(9, 36))
+    os.kill(ranks[chance.choice([0, 1])].pid, signal.SIGKILL)
+    assert end_of(launcher) == 0
+    outcome = ground.outcome(killed)
+    assert outcome.report["attempts"][-1]["resumedFromStep"] in (7, 14, 21, 28, 35)
+    assert outcome.losses == expected.losses
+    assert outcome.weights == expected.weights
+
+    stopped = Job("stopped", METHODS[method], ENGINES[engine], SETTINGS)
+    launcher = start(ground, stopped)
+    wait_for_step(ground.work(stopped), chance.randint(3, 30))
+    launcher.send_signal(signal.SIGTERM)
+    assert end_of(launcher) == 143
+    said = json.loads((ground.work(stopped) / "termination.json").read_text())
+    assert (said["exitClass"], said["checkpointStep"]) == ("Interrupted", said["step"])
+    assert end_of(start(ground, stopped)) == 0
+    outcome = ground.outcome(stopped)
+    assert outcome.report["attempts"][-1]["resumedFromStep"] == said["step"]
+    assert outcome.losses == expected.losses
+    assert outcome.weights == expected.weights
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("method", ["Full", "QLoRA"])
+def test_a_checkpoint_continues_at_another_world_size_with_the_same_losses(ground: Ground, method: str) -> None:
+    def job(tag: str, engine: str, **more: Any) -> Job:
+        settings = {"training": {"maxSteps": 20, "globalBatchSize": 8, "precision": "FP32", "learningRate": 3e-3}}
+        return Job(tag, METHODS[method], ENGINES[engine], settings, **more)
+
+    whole = ground.run([job("whole", "FSDP")], 2)["whole"]
+    ground.run([job("a", "FSDP", cut=6, stop_after_cut=True, output="moving")], 2)
+    ground.run([job("b", "FSDP", cut=13, stop_after_cut=True, output="moving")], 1)
+    moved = ground.run([job("c", "FSDP", output="moving")], 2)["c"]
+    assert [attempt["resumedFromStep"] for attempt in moved.report["attempts"]] == [6, 13]
+    assert largest_difference(whole.losses, moved.losses) <= 1e-5
+
+    ground.run([job("d", "ZeRO-3", cut=6, stop_after_cut=True, output="changing")], 2)
+    ground.run([job("e", "DDP", cut=13, stop_after_cut=True, output="changing")], 1)
+    changed = ground.run([job("f", "ZeRO-2", output="changing")], 2)["f"]
+    assert largest_difference(whole.losses, changed.losses) <= 1e-5
+
+
+@pytest.mark.multiprocess
+def test_a_damaged_checkpoint_is_passed_over_and_named(ground: Ground) -> None:
+    settings = {**SETTINGS, "checkpoint": {"everySteps": 5, "keep": 3}}
+    whole = ground.run([Job("whole", METHODS["LoRA"], ENGINES["DDP"], settings)], 1)["whole"]
+    cut = Job("cut", METHODS["LoRA"], ENGINES["DDP"], settings, cut=17, stop_after_cut=True, output="one")
+    ground.run([cut], 1)
+    steps = sorted((ground.folder / "out/one").rglob("step-*/state-*.safetensors"))
+    assert [path.parent.name for path in steps] == ["step-00000010", "step-00000015", "step-00000017"]
+    content = bytearray(steps[2].read_bytes())
+    content[len(content) // 2] ^= 1
+    steps[2].write_bytes(content)
+    steps[1].write_bytes(steps[1].read_bytes()[:-9])
+    resumed = ground.run([Job("on", METHODS["LoRA"], ENGINES["DDP"], settings, output="one")], 1)["on"]
+    attempt = resumed.report["attempts"][-1]
+    assert attempt["resumedFromStep"] == 10
+    assert [sentence.split(": ")[0].rsplit("/", 2)[-2] for sentence in attempt["skipped"]] == [
+        "step-00000017",
+        "step-00000015",
+    ]
+    assert resumed.weights == whole.weights
+
+
+def start(ground: Ground, job: Job) -> subprocess.Popen[bytes]:
+    """A real launcher with two ranks, as a pod would run it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    rendezvous = Rendezvous(endpoint=f"127.0.0.1:{port}", minimum_nodes=1, maximum_nodes=1, timeout_seconds=120)
+    config = ground.trainer_config(job, 2).model_copy(update={"rendezvous": rendezvous})
+    path = ground.work(job).with_suffix(".json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(config.model_dump_json(by_alias=True, exclude_none=True))
+    return subprocess.Popen(
+        [sys.executable, "-m", "finetune_trainer", "--config", str(path)],
+        env=rank_environment(),
+        stdout=path.with_suffix(".log").open("ab"),
+        stderr=subprocess.STDOUT,
+    )
+
+
+def wait_for_step(work: Path, step: int, limit_seconds: float = 180) -> Any:
+    """Heartbeats of both ranks once each has done ``step`` steps (or is past training)."""
+    deadline = time.monotonic() + limit_seconds
+    while time.monotonic() < deadline:
+        heartbeats = read_heartbeats(work)
+        if len(heartbeats) == 2 and all(heartbeat.step >= step for heartbeat in heartbeats.values()):
+            return heartbeats
+        time.sleep(0.002)
+    raise AssertionError(f"step {step} not reached: {read_heartbeats(work)}")
+
+
+def end_of(launcher: subprocess.Popen[bytes], limit_seconds: float = 240) -> int:
+    return launcher.wait(timeout=limit_seconds)
