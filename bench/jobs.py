@@ -91,8 +91,8 @@ def _write(spec: FineTuneJobSpec, directory: Path, port: int) -> Path:
 
 
 def write_loading_config(material: Material, directory: Path, port: int) -> Path:
-    """Full fine-tuning of the wide model under FSDP on two ranks; only its loading is measured."""
-    case = Case("Full", "FP32", material.data, 1, 0.0)
+    """LoRA in BF16 on the wide model under FSDP on two ranks; only its loading is measured."""
+    case = Case("LoRA", "BF16", material.data, 1, 0.0)
     values = specification(case, material, directory / "output").model_dump(
         mode="json", by_alias=True, exclude_none=True
     )

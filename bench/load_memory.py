@@ -7,6 +7,7 @@ object with every rank's figures.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import re
@@ -22,6 +23,9 @@ from finetune_trainer.progress import HeartbeatWriter, StopSignal
 from finetune_trainer.recipe import Run
 from finetune_trainer.status import LauncherStatus
 from finetune_trainer.worker_config import WorkerConfig
+
+# what loading imports when it needs it: libraries are no part of the model's memory
+LIBRARIES = ("peft", "torch.distributed.fsdp", "transformers.models.llama.modeling_llama", "torch._dynamo")
 
 
 class AnonymousMemory:
@@ -69,10 +73,14 @@ def main() -> None:
     context.barrier()
     worker = WorkerConfig.model_validate_json(worker_file.read_text())
     run = Run(worker, context, HeartbeatWriter(Path(config.work_directory), rank, rank), StopSignal())
+    for library in LIBRARIES:
+        importlib.import_module(library)
     started = time.monotonic()
     with AnonymousMemory() as memory:
         run.load()
-    figures = {"rank": rank, "peak": memory.above, "held": memory.after - memory.before}
+    # a sharded parameter answers with the size of the whole
+    whole = sum(parameter.numel() * parameter.element_size() for parameter in run.loaded.module.parameters())
+    figures = {"rank": rank, "peak": memory.above, "held": memory.after - memory.before, "whole": whole}
     everyone = context.gather(figures | {"seconds": time.monotonic() - started})
     if rank == 0:
         print(json.dumps(everyone), flush=True)

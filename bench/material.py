@@ -35,7 +35,6 @@ class Material:
     ninetieth_length: int
     longest: int
     wide_model: str  # for the memory of loading
-    wide_bytes: int
 
 
 def build() -> Material:
@@ -52,7 +51,8 @@ def build() -> Material:
     data.write_text("".join(json.dumps(row) + "\n" for row, _ in kept))
     parameters = _random_model(model, hidden=512, layers=5, intermediate=1408)
     wide = CACHE / "wide"
-    wide_parameters = _random_model(wide, hidden=1280, layers=10, intermediate=3584)
+    tokenizer.save_pretrained(wide)
+    _random_model(wide, hidden=1024, layers=24, intermediate=4096, dtype="bfloat16")
     sizes = sorted(length for _, length in kept)
     material = Material(
         model=str(model),
@@ -64,7 +64,6 @@ def build() -> Material:
         ninetieth_length=sizes[len(sizes) * 9 // 10],
         longest=sizes[-1],
         wide_model=str(wide),
-        wide_bytes=wide_parameters * 4,
     )
     record.write_text(json.dumps(asdict(material)))
     return material
@@ -117,7 +116,7 @@ def _tokenizer(texts: list[str], directory: Path) -> Any:
     return fast
 
 
-def _random_model(directory: Path, hidden: int, layers: int, intermediate: int) -> int:
+def _random_model(directory: Path, hidden: int, layers: int, intermediate: int, dtype: str = "float32") -> int:
     """Write a Llama with random weights in shards; its number of parameters."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -136,6 +135,6 @@ def _random_model(directory: Path, hidden: int, layers: int, intermediate: int) 
         eos_token_id=0,
         pad_token_id=1,
     )
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config).to(getattr(torch, dtype))
     model.save_pretrained(directory, max_shard_size="100MB")
     return sum(parameter.numel() for parameter in model.parameters())
