@@ -52,7 +52,7 @@ def build() -> Material:
     parameters = _random_model(model, hidden=512, layers=5, intermediate=1408)
     wide = CACHE / "wide"
     tokenizer.save_pretrained(wide)
-    _random_model(wide, hidden=1024, layers=24, intermediate=4096, dtype="bfloat16")
+    _random_model(wide, hidden=1024, layers=28, intermediate=4096, dtype="bfloat16")
     sizes = sorted(length for _, length in kept)
     material = Material(
         model=str(model),
