@@ -28,7 +28,7 @@ END = "<|end|>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message.role == 'assistant' %}Answer:\n"
-    "{% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}\n"
+    "{% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}{{ '\\n' }}"
     "{% else %}Question: {{ message.content }}\n{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}Answer:\n{% endif %}"

@@ -17,6 +17,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -27,7 +28,7 @@ from typing import Any
 import corpus
 from ruamel.yaml import YAML
 
-from finetune_storage import ObjectStore
+from finetune_storage import ObjectStore, fetch_artifact
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent.parent
@@ -44,6 +45,7 @@ class ClaimFailed(Exception):
 
 def main() -> int:
     started = time.monotonic()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop like Ctrl-C: the S3 server must not be left behind
     try:
         demo()
     except ClaimFailed as error:
@@ -68,12 +70,12 @@ def demo() -> None:
     with object_storage() as (output, environment):
         headline(3, "Pre-training a small language model from random weights (two ranks, DDP)")
         base = run_job("base.yaml", output, environment)
-        fetch(base["artifacts"]["uri"], STATE / "base-model", environment)
+        fetch(base, STATE / "base-model", environment)
         say_metrics(base)
 
         headline(4, "Fine-tuning it by QLoRA under FSDP on two ranks")
         tuned = run_job("answers.yaml", output, environment)
-        listing = fetch(tuned["artifacts"]["uri"], STATE / "adapter", environment)
+        listing = fetch(tuned, STATE / "adapter", environment)
         say_metrics(tuned)
 
         headline(5, "The published adapter in a fresh process with plain PEFT")
@@ -137,14 +139,12 @@ def with_output(manifest: Path, output: str) -> str:
     return rendered.getvalue()
 
 
-def fetch(uri: str, directory: Path, environment: dict[str, str]) -> list[tuple[str, int]]:
-    """Download every object under ``uri``; returns (path, bytes)."""
-    store = ObjectStore.open(uri, environment=environment)
-    listing = sorted((found.path, found.bytes) for found in store.list(""))
-    for path, _ in listing:
-        (directory / path).parent.mkdir(parents=True, exist_ok=True)
-        store.download(path, directory / path)
-    return listing
+def fetch(result: dict[str, Any], directory: Path, environment: dict[str, str]) -> list[tuple[str, int]]:
+    """Download what a job published, every file verified against the manifest it reported; (path, bytes) of all."""
+    artifacts = result["artifacts"]
+    store = ObjectStore.open(artifacts["uri"], environment=environment)
+    fetch_artifact(store, directory, manifest_sha256=artifacts["manifestSha256"])
+    return sorted((found.path, found.bytes) for found in store.list(""))
 
 
 def verify() -> dict[str, Any]:
