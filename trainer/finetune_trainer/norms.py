@@ -62,7 +62,10 @@ def _forward(original: Any, epsilon: float) -> Any:
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if args or kwargs or self.weight.dtype != x.dtype:
             return original(x, *args, **kwargs)  # type: ignore[no-any-return]
-        with torch.autocast(x.device.type, enabled=False):
-            return F.rms_norm(x, self.weight.shape, self.weight, epsilon)
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        with torch.autocast(kind, enabled=False):
+            # every product that reads it would cast it to autocast's type, and keep a copy of its own
+            return F.rms_norm(x, self.weight.shape, self.weight, epsilon).to(dtype)
 
     return forward

@@ -81,3 +81,13 @@ def test_an_input_of_another_type_than_the_weight_goes_the_architectures_way() -
     use_torch_rms_norm(norm)
     assert norm(x).dtype == expected.dtype == torch.float32
     assert torch.equal(norm(x), expected)
+
+
+def test_under_autocast_the_output_is_what_matrix_products_would_cast_it_to() -> None:
+    norm, x = random_norm(LlamaRMSNorm)
+    linear = nn.Linear(32, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = linear(norm(x))
+        use_torch_rms_norm(norm)
+        assert norm(x).dtype == torch.bfloat16
+        assert torch.equal(linear(norm(x)), expected)
