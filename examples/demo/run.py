@@ -34,7 +34,7 @@ HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent.parent
 STATE = REPOSITORY / ".demo"
 BUCKET = "demo"
-CORPUS_CHARACTERS = 2_000_000
+CORPUS_CHARACTERS = 1_300_000
 STEPS = 5
 TOLERANCE = 0.02  # of two loss measurements: different code, batches and BF16 kernels
 
@@ -111,17 +111,22 @@ def run_job(manifest: str, output: str, environment: dict[str, str]) -> dict[str
     command = [str(Path(sys.executable).with_name("finetune")), "run", "-", "--output", "json"]
     command += ["--state-dir", str(STATE / "state")]
     say(f"$ finetune run examples/demo/{manifest}")
-    done = subprocess.run(
+    process = subprocess.Popen(
         command,
-        input=text.encode(),
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         cwd=HERE,  # relative URIs of a manifest on standard input
         env={**os.environ, **environment, "OMP_NUM_THREADS": "1"},
-        check=False,
     )
-    result: dict[str, Any] = json.loads(done.stdout) if done.stdout.strip() else {}
-    if done.returncode != 0 or result.get("state") != "Completed":
-        detail = result.get("message") or f"exit code {done.returncode}"
+    try:
+        output_bytes, _ = process.communicate(text.encode())
+    except KeyboardInterrupt:  # let the ranks end before the server and we do
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+        raise
+    result: dict[str, Any] = json.loads(output_bytes) if output_bytes.strip() else {}
+    if process.returncode != 0 or result.get("state") != "Completed":
+        detail = result.get("message") or f"exit code {process.returncode}"
         raise ClaimFailed(f"{manifest} did not complete: {detail} {result.get('hint', '')}".strip())
     return result
 
