@@ -93,25 +93,32 @@ def publish(
     Args:
         store: the job's artifact prefix.
         directory: in PEFT layout for an adapter, in transformers layout for a model.
+        extra: what tells of the run (times, attempts) and so is not part of what names the artifact.
 
     Raises:
         StorageError, StorageUnavailable: what was written cannot be read back, or the store refuses or is away.
     """
     files = _collect(directory, extra or {})
     entries = tuple(FileEntry(path=path, sha256=sha, bytes=size) for path, (sha, size) in _digests(files).items())
-    name = _content_name(entries, description)
+    trained = tuple(entry for entry in entries if entry.path not in (extra or {}))
+    name = _content_name(trained, description)
     place = store.child(f"{ARTIFACTS}/{name}")
-    sha256 = _published_already(place, entries)
-    if sha256 is None:
-        for path, file in files.items():
-            write_file(place, path, file)
-        manifest = ArtifactManifest.model_validate(
-            {**asdict(description), "files": entries, "created_at": datetime.now(UTC).isoformat(timespec="seconds")}
-        )
-        sha256 = commit(place, "", manifest)
+    manifest, sha256 = _published_already(place, trained) or _write(place, files, entries, description)
     _point(store, name, sha256)
     _remove_unfinished(store, name)
-    return PublishedArtifact(place.uri, sha256, len(entries), sum(entry.bytes for entry in entries))
+    return PublishedArtifact(place.uri, sha256, len(manifest.files), sum(entry.bytes for entry in manifest.files))
+
+
+def _write(
+    place: ObjectStore, files: Mapping[str, Path], entries: tuple[FileEntry, ...], description: ArtifactDescription
+) -> tuple[ArtifactManifest, str]:
+    """All files, then the manifest; its sha256 too."""
+    for path, file in files.items():
+        write_file(place, path, file)
+    manifest = ArtifactManifest.model_validate(
+        {**asdict(description), "files": entries, "created_at": datetime.now(UTC).isoformat(timespec="seconds")}
+    )
+    return manifest, commit(place, "", manifest)
 
 
 def _collect(directory: Path, extra: Mapping[str, Path]) -> dict[str, Path]:
@@ -129,21 +136,21 @@ def _digests(files: Mapping[str, Path]) -> dict[str, tuple[str, int]]:
 
 
 def _content_name(entries: tuple[FileEntry, ...], description: ArtifactDescription) -> str:
-    """First 12 hex digits of a digest over the files and the description."""
+    """First 12 hex digits of a digest over what was trained (not the report on it) and the description."""
     content = {"files": [entry.model_dump() for entry in entries], "description": asdict(description)}
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
-def _published_already(place: ObjectStore, entries: tuple[FileEntry, ...]) -> str | None:
-    """The manifest's sha256 where the same files lie there whole; ``None`` where they must be written (again)."""
+def _published_already(place: ObjectStore, trained: tuple[FileEntry, ...]) -> tuple[ArtifactManifest, str] | None:
+    """Manifest and its sha256 where the same artifact lies whole; ``None`` where it must be written (again)."""
     try:
         manifest, sha256 = read_manifest(place, "", ArtifactManifest)
-        if manifest.files != entries:
+        if any(entry not in manifest.files for entry in trained):
             return None
         verify_bundle(place, "", manifest)
     except (ObjectNotFound, DamagedBundle):
         return None
-    return sha256
+    return manifest, sha256
 
 
 def _point(store: ObjectStore, name: str, sha256: str) -> None:

@@ -71,6 +71,18 @@ def test_publishing_twice_changes_nothing(store: ObjectStore, artifact: Path) ->
     assert store.list() == listed
 
 
+def test_a_later_report_on_the_same_weights_makes_no_second_artifact(
+    store: ObjectStore, artifact: Path, tmp_path: Path
+) -> None:
+    report = tmp_path / "report.json"
+    report.write_text('{"attempts": []}')
+    first = publish(store, artifact, DESCRIPTION, {"report.json": report})
+    listed = store.list()
+    report.write_text('{"attempts": ["resumed after a kill that came right after the publication"]}')
+    assert publish(store, artifact, DESCRIPTION, {"report.json": report}) == first
+    assert store.list() == listed
+
+
 def test_another_content_gets_another_directory_and_the_pointer(store: ObjectStore, artifact: Path) -> None:
     first = publish(store, artifact, DESCRIPTION)
     second = publish(store, artifact, replace(DESCRIPTION, metrics={"validationLoss": 1.25}))
