@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from dataclasses import dataclass
@@ -108,7 +109,7 @@ class Run:
             self._say(f"resuming from step {self.state.step} of {self.total_steps} ({place})")
             for sentence in restored.skipped:
                 self._say(sentence)
-            self.state.attempts.append({"resumedFromStep": self.state.step, "skipped": list(restored.skipped)})
+            self._note_attempt({"resumedFromStep": self.state.step, "skipped": list(restored.skipped)})
         self.flops = FlopCounter(self.loaded.module.model, self.plan.method, self.loaded.sizes, set(self.loaded.rules))
         self.peak_flops = peak_flops(self.context.device)
 
@@ -282,6 +283,16 @@ class Run:
         return result
 
     # -- helpers -----------------------------------------------------------------------------------------------------
+    def _note_attempt(self, attempt: dict[str, Any]) -> None:
+        """Checkpoints carry the attempts before them; those that died without writing one stand in the work folder."""
+        ledger = Path(self.job.work_directory) / "attempts.json"
+        told = json.loads(ledger.read_text()) if ledger.exists() else []
+        self.state.attempts = [*max(told, self.state.attempts, key=len), attempt]
+        if self.context.is_first:
+            partial = ledger.with_suffix(".partial")
+            partial.write_text(json.dumps(self.state.attempts))
+            partial.replace(ledger)
+
     def _evaluate(self) -> float:
         if self.data.validation is None:
             return math.nan
