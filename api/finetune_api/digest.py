@@ -1,4 +1,4 @@
-"""What defines a result, as one number."""
+"""What defines a result, and what a checkpoint depends on, as one number each."""
 
 from __future__ import annotations
 
@@ -22,16 +22,38 @@ _DEFINING = ("model", "dataset", "task", "method", "training", "distributed", "o
 _ACCESS = frozenset({"credentials", "region", "pathStyle"})  # how bytes are reached, not which
 
 
+# These change how fast the same numbers are computed, never which.
+_EXECUTION_ONLY = frozenset({"microBatchSize", "gradientCheckpointing"})
+
+
 def result_digest(spec: FineTuneJobSpec) -> str:
     """sha256 (hex) of everything that defines the result: model, dataset, task, method, training, distributed, output.
 
     A field that is absent counts as its default, and how storage is reached (Secret names, region) does not count.
     """
+    return _sha256(_content(spec))
+
+
+def training_digest(spec: FineTuneJobSpec) -> str:
+    """sha256 (hex) of what a checkpoint depends on: as ``result_digest``, less where it runs and where it goes.
+
+    A checkpoint may therefore continue at another number of ranks, another engine or another micro-batch size.
+    """
+    content = _content(spec)
+    training = {key: value for key, value in content["training"].items() if key not in _EXECUTION_ONLY}
+    return _sha256({name: content[name] for name in ("model", "dataset", "task", "method")} | {"training": training})
+
+
+def _content(spec: FineTuneJobSpec) -> dict[str, Any]:
     content = {name: _without_access(getattr(spec, name).model_dump(mode="json", by_alias=True)) for name in _DEFINING}
     content["method"] = _method(spec)
     content["training"] = _training(spec, content["training"])
     content["distributed"] = _distributed(spec)
     content["output"]["format"] = (spec.output.format or _default_format(spec)).value
+    return content
+
+
+def _sha256(content: dict[str, Any]) -> str:
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from finetune_api.digests import training_digest
+from finetune_api.digest import training_digest
 from finetune_api.report import JobResult, Report
 from finetune_storage import ObjectStore
 from finetune_trainer.checkpoint import CheckpointReader

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from finetune_api.digests import training_digest
+from finetune_api.digest import training_digest
 from finetune_api.errors import NumericalError
 from finetune_api.plan import Plan
 from finetune_api.report import JobResult, Phase, StepRecord

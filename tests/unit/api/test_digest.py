@@ -1,4 +1,4 @@
-"""result_digest: equal exactly where the result is defined equally."""
+"""Digests: equal exactly where what they stand for is equal."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from finetune_api.digest import training_digest
 from finetune_api.manifest import result_digest
 
 from .specs import gpus, spec
@@ -58,3 +59,13 @@ def test_what_changes_the_result_changes_the_digest() -> None:
 
 def test_the_digest_is_stable_between_versions() -> None:
     assert result_digest(spec()) == "0958bf8d84cd2070d9189c153040cb3bd5cbec0c533d0cb977b129ef33e2da89"
+
+
+def test_a_checkpoint_may_move_to_other_ranks_but_not_to_other_training() -> None:
+    here = spec()
+    ranks = spec(distributed={"processesPerNode": 2, "strategy": {"type": "FSDP"}})
+    micro = spec(training={"microBatchSize": 1, "gradientCheckpointing": "Full"})
+    elsewhere = spec(output={"uri": "s3://other/place"})
+    other = spec(training={"learningRate": 1.0e-3})
+    digests = [training_digest(one) for one in (here, ranks, micro, elsewhere, other)]
+    assert [digest == digests[0] for digest in digests] == [True, True, True, True, False]
