@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from finetune_api.errors import FineTuneError
 from finetune_trainer.distributed import RankContext, join_process_group
 from finetune_trainer.progress import HeartbeatWriter
 from finetune_trainer.recipe import Interrupted, train
@@ -37,6 +38,19 @@ def run(config: WorkerConfig, context: RankContext, cut: int | None) -> None:
     train(config, context, heartbeat, stop)  # type: ignore[arg-type]
 
 
+def fail(config: WorkerConfig, context: RankContext) -> None:
+    """The job has to end in an error meant for a user; leaves it for the test to read."""
+    try:
+        run(config, context, None)
+    except FineTuneError as error:
+        print(f"{type(error).__name__}: {error}", flush=True)
+        path = Path(config.trainer.work_directory) / f"failure-{context.rank}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps([type(error).__name__, str(error)]))
+    else:
+        raise AssertionError("the job did not fail")
+
+
 def main() -> None:
     context = join_process_group("cpu", 120)
     for parcel in json.loads(Path(sys.argv[1]).read_text()):
@@ -49,7 +63,9 @@ def main() -> None:
                 print(interrupted, flush=True)
             else:
                 raise AssertionError(f"{parcel['tag']}: not interrupted at step {parcel['cut']}")
-        if not parcel["stop_after_cut"]:
+        if parcel["fails"]:
+            fail(config, context)
+        elif not parcel["stop_after_cut"]:
             run(config, context, None)
         context.barrier()
 

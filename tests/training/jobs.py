@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ class Job:
     cut: int | None = None
     stop_after_cut: bool = False
     output: str | None = None  # jobs that share one resume from each other's checkpoints
+    change: Callable[[WorkerConfig], WorkerConfig] | None = None  # what the ranks are told instead
+    fails: bool = False  # must end in a FineTuneError, the same on every rank: Ground.failure
 
 
 class Ground:
@@ -96,12 +99,13 @@ class Ground:
         config = self.trainer_config(job, world_size)
         data = prepare(config, self.model, lambda *_: None)
         plan = complete_plan(config.plan, config.spec, data.facts, None)
-        return WorkerConfig(
+        worker = WorkerConfig(
             trainer=config.model_copy(update={"plan": plan}),
             model_directory=str(self.model),
             data_directory=str(data.directory),
             log_directory=str(self.folder / "logs"),
         )
+        return job.change(worker) if job.change else worker
 
     def data(self, job: Job) -> PreparedData:
         return PreparedData.open(self.worker_config(job, 1).data_directory)
@@ -111,31 +115,48 @@ class Ground:
 
     def run(self, jobs: list[Job], world_size: int, limit_seconds: float = 900) -> dict[str, Outcome]:
         """Run jobs one after the other in one torchrun process group; tag -> outcome."""
-        parcels = [
-            {"config": self.worker_config(job, world_size).model_dump(mode="json", by_alias=True), **_driving(job)}
-            for job in jobs
-        ]
-        parcel = self.folder / f"jobs-{os.getpid()}-{world_size}.json"
-        parcel.write_text(json.dumps(parcels))
-        done = subprocess.run(
-            [
-                *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-                *("--nproc-per-node", str(world_size), str(DRIVER), str(parcel)),
-            ],
-            env=rank_environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=limit_seconds,
-        )
-        if done.returncode != 0:
-            end = done.stdout.rfind("Failures:")
-            raise AssertionError(f"torchrun ended with {done.returncode}:\n{done.stdout[:end][-5000:]}")
-        return {job.tag: self.outcome(job) for job in jobs if not job.stop_after_cut}
+        run_together([(self, job) for job in jobs], world_size, limit_seconds)
+        return {job.tag: self.outcome(job) for job in jobs if not (job.stop_after_cut or job.fails)}
+
+    def failure(self, job: Job) -> tuple[str, str]:
+        """Name of the error's class and its message; every rank has to tell the same."""
+        told = {path.read_text() for path in self.work(job).glob("failure-*.json")}
+        assert len(told) == 1, f"{job.tag}: {told or 'no rank failed'}"
+        name, message = json.loads(told.pop())
+        return name, message
+
+    def published(self, job: Job) -> list[Path]:
+        """Every file below the artifact prefix."""
+        prefix = Path(self.trainer_config(job, 1).plan.artifact_prefix.removeprefix("file://"))
+        return [path for path in prefix.rglob("*") if path.is_file() and "checkpoints" not in path.parts]
 
     def outcome(self, job: Job) -> Outcome:
         work = self.work(job)
         return Outcome(json.loads((work / "report" / "report.json").read_text()), work / "artifact")
+
+
+def run_together(work: list[tuple[Ground, Job]], world_size: int, limit_seconds: float = 900) -> None:
+    """Run jobs of several grounds one after the other in one torchrun process group."""
+    parcels = [
+        {"config": ground.worker_config(job, world_size).model_dump(mode="json", by_alias=True), **_driving(job)}
+        for ground, job in work
+    ]
+    parcel = work[0][0].folder / f"jobs-{os.getpid()}-{world_size}.json"
+    parcel.write_text(json.dumps(parcels))
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", str(world_size), str(DRIVER), str(parcel)),
+        ],
+        env=rank_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=limit_seconds,
+    )
+    if done.returncode != 0:
+        end = done.stdout.rfind("Failures:")
+        raise AssertionError(f"torchrun ended with {done.returncode}:\n{done.stdout[:end][-5000:]}")
 
 
 @dataclass
@@ -166,7 +187,7 @@ def largest_difference(one: list[float], other: list[float]) -> float:
 
 
 def _driving(job: Job) -> dict[str, Any]:
-    return {"tag": job.tag, "cut": job.cut, "stop_after_cut": job.stop_after_cut}
+    return {"tag": job.tag, "cut": job.cut, "stop_after_cut": job.stop_after_cut, "fails": job.fails}
 
 
 def _word(text: str) -> str:

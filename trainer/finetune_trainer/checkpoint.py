@@ -120,7 +120,7 @@ class Checkpointer:
             "state": engine.scaler_state(),
         }
         store.commit(state.step, entries, fields)
-        store.prune()
+        store.prune(state.step)
 
     def _write_part(self, engine: Engine) -> dict[str, Path]:
         from safetensors.torch import save_file

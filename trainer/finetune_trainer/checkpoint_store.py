@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Collection, Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -116,17 +116,16 @@ class CheckpointStore:
         shutil.rmtree(destination, ignore_errors=True)
         return None
 
-    def prune(self, protect: Set[int] = frozenset()) -> list[int]:
-        """Keep the newest ``keep`` and the protected ones; remove the rest and what was left unfinished before them.
+    def prune(self, newest: int) -> list[int]:
+        """After the commit of step ``newest``: keep it and the ``keep - 1`` before it, remove everything else.
 
-        Returns the steps that were removed.
+        That is older ones, what was left unfinished before it, and later ones, which a resume passed over as damaged:
+        they would take the places of whole ones. Returns the steps that were removed.
         """
         steps = self._steps()
-        committed = sorted((step for step in steps if steps[step]), reverse=True)
-        if not committed:
-            return []
-        kept: Collection[int] = {*committed[: self.keep], *protect}
-        doomed = [step for step in sorted(steps) if step not in kept and (steps[step] or step < committed[0])]
+        committed = sorted((step for step in steps if steps[step] and step <= newest), reverse=True)
+        kept = committed[: self.keep]
+        doomed = [step for step in sorted(steps) if step not in kept and (steps[step] or step < newest)]
         for step in doomed:
             delete_bundle(self.store, _name(step))
         return doomed

@@ -114,18 +114,33 @@ def test_a_checkpoint_under_anothers_name_is_damage(checkpoints: CheckpointStore
     assert caught.value.problems == ("Its manifest names step 100.",)
 
 
-def test_pruning_keeps_the_newest_and_the_protected(checkpoints: CheckpointStore, tmp_path: Path) -> None:
+def test_pruning_keeps_the_newest_and_leaves_other_series_alone(checkpoints: CheckpointStore, tmp_path: Path) -> None:
     for step in (100, 200, 300, 400):
         _save(checkpoints, step, tmp_path)
     best = checkpoints.child("best")
     _save(best, 150, tmp_path)
     _save(checkpoints, 350, tmp_path, commit=False)
     _save(checkpoints, 500, tmp_path, commit=False)
-    assert checkpoints.prune(protect={100}) == [200, 350]
-    assert checkpoints.candidates() == [400, 300, 100]
+    assert checkpoints.prune(400) == [100, 200, 350]
+    assert checkpoints.candidates() == [400, 300]
     left = {info.path.split("/")[0] for info in checkpoints.store.list()}
-    assert left == {"best", "step-00000100", "step-00000300", "step-00000400", "step-00000500"}
+    assert left == {"best", "step-00000300", "step-00000400", "step-00000500"}
     assert best.candidates() == [150]
+
+
+def test_damaged_checkpoints_that_a_resume_passed_over_do_not_push_out_whole_ones(
+    checkpoints: CheckpointStore, tmp_path: Path
+) -> None:
+    for step in (100, 200, 300):
+        _save(checkpoints, step, tmp_path)
+    for step in (200, 300):
+        checkpoints.store.put(f"step-00000{step}/weights-0.safetensors", b"damaged")
+    restored = checkpoints.newest(tmp_path / "restored")
+    assert restored is not None
+    assert restored.manifest.step == 100
+    _save(checkpoints, 150, tmp_path)
+    assert checkpoints.prune(150) == [200, 300]
+    assert checkpoints.candidates() == [150, 100]
 
 
 def test_a_checkpoint_that_was_half_deleted_does_not_exist(checkpoints: CheckpointStore, tmp_path: Path) -> None:
@@ -133,7 +148,7 @@ def test_a_checkpoint_that_was_half_deleted_does_not_exist(checkpoints: Checkpoi
     _save(checkpoints, 200, tmp_path)
     checkpoints.store.delete("step-00000100/manifest.json")  # what a kill in the middle of prune leaves
     assert checkpoints.candidates() == [200]
-    assert checkpoints.prune() == [100]
+    assert checkpoints.prune(200) == [100]
     assert checkpoints.store.list("step-00000100") == []
 
 
