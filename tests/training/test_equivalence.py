@@ -30,7 +30,7 @@ def test_every_engine_rank_count_and_micro_batch_split_gives_one_loss_curve(grou
     reference = curves["one-DDP-8"]
     differences = {tag: largest_difference(reference, curve) for tag, curve in curves.items()}
     assert max(differences.values()) <= 1e-4, differences
-    assert reference[-1] < reference[0] - 0.2, f"nothing was learned: {reference[0]} -> {reference[-1]}"
+    assert reference[-1] < reference[0] - 0.1, f"nothing was learned: {reference[0]} -> {reference[-1]}"
 
 
 def plain_loop(ground: Ground, method: str, data: PreparedData) -> list[float]:

@@ -160,12 +160,21 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         ctx.gradients = None
         weight_dtype, bias_dtype = ctx.dtypes
         return (
-            None if grad_hidden is None else grad_hidden.mul_(grad_loss.to(grad_hidden.dtype)),
+            None if grad_hidden is None else _scale(grad_hidden, grad_loss),
             None if grad_weight is None else grad_weight.mul_(grad_loss).to(weight_dtype),
             None if grad_bias is None else grad_bias.mul_(grad_loss).to(bias_dtype),
             None,
             None,
         )
+
+
+def _scale(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """``gradient * factor`` in place, computed in fp32: a factor rounded to 16 bit would bias every gradient below."""
+    if gradient.dtype is torch.float32:
+        return gradient.mul_(factor)
+    for rows in gradient.split(_MAXIMUM_CHUNK):
+        rows.copy_(rows.float() * factor)
+    return gradient
 
 
 def _loss_and_probabilities(
