@@ -119,10 +119,10 @@ class Ground:
         return {job.tag: self.outcome(job) for job in jobs if not (job.stop_after_cut or job.fails)}
 
     def failure(self, job: Job) -> tuple[str, str]:
-        """Name of the error's class and its message; every rank has to tell the same."""
-        told = {path.read_text() for path in self.work(job).glob("failure-*.json")}
-        assert len(told) == 1, f"{job.tag}: {told or 'no rank failed'}"
-        name, message = json.loads(told.pop())
+        """Name of the error's class on rank 0 and its message; every rank has to tell the same."""
+        told = [json.loads(path.read_text()) for path in sorted(self.work(job).glob("failure-*.json"))]
+        assert len({message for _, message in told}) == 1, f"{job.tag}: {told or 'no rank failed'}"
+        name, message = told[0]
         return name, message
 
     def published(self, job: Job) -> list[Path]:

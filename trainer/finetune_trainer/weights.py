@@ -59,11 +59,11 @@ class PretrainedWeights(WeightSource):
             if key is None:
                 raise ModelError(f"{self.directory}: no tensor '{name}' in its safetensors; the download is incomplete")
             tensor = self._handle(self.files[key]).get_tensor(key)
-            expected = module._parameters[attribute]
-            if expected is not None and not is_packed(module) and tensor.shape != expected.shape:
+            expected = _expected_shape(module, attribute)
+            if tensor.shape != expected:
                 raise ModelError(
                     f"{self.directory / self.files[key]}: tensor '{key}' has shape {tuple(tensor.shape)}, config.json "
-                    f"implies {tuple(expected.shape)}; config.json and weights do not belong together"
+                    f"implies {tuple(expected)}; config.json and weights do not belong together"
                 )
             found[attribute] = tensor
         return found
@@ -95,8 +95,17 @@ class ConvertedWeights(WeightSource):
     def __init__(self, directory: Path, dtype: torch.dtype, allow_remote_code: bool) -> None:
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, trust_remote_code=allow_remote_code)
+        try:
+            model, told = AutoModelForCausalLM.from_pretrained(
+                directory, dtype=dtype, trust_remote_code=allow_remote_code, output_loading_info=True
+            )
+        except (RuntimeError, ValueError, OSError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise ModelError(f"{directory}: transformers cannot read its safetensors ({first})") from error
         self.tensors = {name: tensor.data for name, tensor in model.named_parameters(remove_duplicate=False)}
+        missing = [name for name in self.tensors if name in told["missing_keys"]]
+        if missing:  # transformers would start them at random
+            raise _lacking(directory, missing, len(self.tensors))
 
     def fill(self, module: nn.Module, names: dict[str, str]) -> dict[str, torch.Tensor]:  # noqa: ARG002
         return {attribute: self.tensors[name] for attribute, name in names.items()}
@@ -139,9 +148,12 @@ def pretrained_source(directory: Path, model: Any, dtype: torch.dtype, allow_rem
 
     if get_model_conversion_mapping(model):
         return ConvertedWeights(directory, dtype, allow_remote_code)
-    missing = [name for name in names if source.resolve(name) is None]
-    raise ModelError(
-        f"{directory}: its safetensors lack {len(missing)} of the model's {len(names)} tensors, first '{missing[0]}'; "
+    raise _lacking(directory, [name for name in names if source.resolve(name) is None], len(names))
+
+
+def _lacking(directory: Path, missing: list[str], count: int) -> ModelError:
+    return ModelError(
+        f"{directory}: its safetensors lack {len(missing)} of the model's {count} tensors, first '{missing[0]}'; "
         "config.json and weights do not belong together"
     )
 
@@ -221,6 +233,16 @@ class ModelLoader:
                 self._done[id(old)] = fresh
                 self._keep.append(old)
             setattr(module, attribute, fresh)
+
+
+def _expected_shape(module: nn.Module, attribute: str) -> torch.Size:
+    """What the configuration implies; a 4-bit layer's own weight is packed."""
+    if is_packed(module) and attribute == "weight":
+        linear: Any = module
+        return torch.Size((linear.out_features, linear.in_features))
+    parameter = module._parameters[attribute]
+    assert parameter is not None, attribute
+    return parameter.shape
 
 
 def _tied(model: nn.Module) -> set[int]:
