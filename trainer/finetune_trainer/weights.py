@@ -101,7 +101,10 @@ class ConvertedWeights(WeightSource):
             )
         except (RuntimeError, ValueError, OSError) as error:
             first = str(error).strip().splitlines()[0]
-            raise ModelError(f"{directory}: transformers cannot read its safetensors ({first})") from error
+            raise ModelError(
+                f"{directory}: transformers cannot convert its safetensors ({first.rstrip('.!')}); "
+                "config.json and weights do not belong together"
+            ) from error
         self.tensors = {name: tensor.data for name, tensor in model.named_parameters(remove_duplicate=False)}
         missing = [name for name in self.tensors if name in told["missing_keys"]]
         if missing:  # transformers would start them at random
