@@ -83,7 +83,7 @@ class Run:
             ObjectStore.open_location(output), training_digest(self.spec), self.spec.checkpoint.keep
         )
         self.checkpointer = Checkpointer(store, context, Path(self.job.work_directory))
-        self.best_store = store.child("best/")
+        self.best_store = store.child("best/", keep=2)  # a resume may step back behind the newest
         self.state = TrainingState()
         self.loaded: LoadedModel
         self.started = time.monotonic()
