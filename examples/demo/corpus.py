@@ -23,6 +23,7 @@ from pathlib import Path
 SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo", "encodings"}
 SHOWN = ("json.dumps", "shutil.copytree", "textwrap.dedent", "os.makedirs", "statistics.median")  # held out
 DOCUMENT_CHARACTERS = 1400
+INTRODUCTION_CHARACTERS = 400
 VOCABULARY = 4096
 END = "<|end|>"
 CHAT_TEMPLATE = (
@@ -66,6 +67,17 @@ class Definition:
     source: str
 
     @property
+    def introduction(self) -> str:
+        """The docstring's first paragraphs: what it is about comes first, long examples last."""
+        paragraphs = self.documentation.split("\n\n")
+        kept = paragraphs[:1]
+        for paragraph in paragraphs[1:]:
+            if sum(map(len, kept)) + len(paragraph) > INTRODUCTION_CHARACTERS:
+                break
+            kept.append(paragraph)
+        return "\n\n".join(kept)
+
+    @property
     def summary(self) -> str:
         """The first sentence of the docstring on one line."""
         paragraph = " ".join(self.documentation.split("\n\n")[0].split())
@@ -85,7 +97,7 @@ class DemoData:
 def build(directory: Path, characters: int) -> DemoData:
     """Write corpus, questions, model configuration and tokenizer into ``directory``; the same bytes every time.
 
-    ``characters`` bounds the corpus: all documentation, then sources in the order of their hash.
+    ``characters`` bounds the corpus: all introductions, then sources in the order of their hash.
     """
     directory.mkdir(parents=True, exist_ok=True)
     definitions = list(standard_library())
@@ -129,8 +141,8 @@ def _definitions(prefix: str, body: list[ast.stmt], lines: list[str]) -> Iterato
 
 
 def corpus_texts(definitions: list[Definition], characters: int) -> list[str]:
-    """Documentation of every definition, then function sources until the corpus has about ``characters``."""
-    pages = [f"{one.kind} {one.signature}\n\n{one.documentation}" for one in definitions]
+    """The introduction of every definition, then function sources until the corpus has about ``characters``."""
+    pages = [f"{one.kind} {one.signature}\n\n{one.introduction}" for one in definitions]
     sources = sorted((one for one in definitions if one.kind == "function"), key=lambda one: _hash(one.name))
     texts = [part for page in pages for part in _parts(page)]
     size = sum(map(len, texts))

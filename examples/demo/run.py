@@ -34,7 +34,7 @@ HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent.parent
 STATE = REPOSITORY / ".demo"
 BUCKET = "demo"
-CORPUS_CHARACTERS = 1_300_000
+CORPUS_CHARACTERS = 1_000_000
 STEPS = 5
 TOLERANCE = 0.02  # of two loss measurements: different code, batches and BF16 kernels
 
