@@ -102,7 +102,7 @@ def cases_of(material: Material, options: argparse.Namespace, parts: list[str]) 
 def measure_overhead(material: Material, directory: Path, precision: str) -> Overhead:
     """Recipe and bare steps in turns in one process, LoRA (short steps show overhead best)."""
     place = directory / f"overhead-{precision.lower()}"
-    config = write_launcher_config(Case("LoRA", precision, material.data, 14, 0.0), material, place, _free_port())
+    config = write_launcher_config(Case("LoRA", precision, material.data, 12, 0.0), material, place, _free_port())
     found = json.loads(_last_line([sys.executable, "-m", "bench.loop_overhead", "--config", str(config)]))
     say(f"  loop overhead {precision}: {found['totalRatio'] - 1:+.2%} ({found['steps']} steps)")
     return Overhead(found["totalRatio"], found["medianRatio"], found["steps"], found["bare"])

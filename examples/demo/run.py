@@ -156,7 +156,9 @@ def verify() -> dict[str, Any]:
     command = [sys.executable, str(HERE / "verify.py"), "--base", str(STATE / "base-model")]
     command += ["--adapter", str(STATE / "adapter"), "--questions", str(STATE / "data" / "questions-held-out.jsonl")]
     command += ["--ask", *(f"What does {name} do?" for name in corpus.SHOWN)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
+    say("measuring the loss with and without the adapter, then asking both ...")
+    quiet = {"TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, env={**os.environ, **quiet}, check=False)
     if done.returncode != 0:
         raise ClaimFailed(f"plain PEFT could not load the published adapter (exit code {done.returncode}).")
     verdict: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
