@@ -35,6 +35,7 @@ class LoraTuner(Tuner):
 
         model.requires_grad_(False)
         self._check_names(model)
+        model.name_or_path = base_model_name(self.spec.model.uri)  # PEFT writes it into adapter_config.json
         try:
             self.peft_model = get_peft_model(
                 model, self._configuration(), autocast_adapter_dtype=False, low_cpu_mem_usage=True
@@ -107,7 +108,7 @@ class LoraTuner(Tuner):
             modules_to_save=list(options.modules_to_save) or None,
             use_rslora=options.use_rslora,
             use_dora=options.use_dora,
-            base_model_name_or_path=self.spec.model.uri,
+            base_model_name_or_path=base_model_name(self.spec.model.uri),
             revision=self.spec.model.revision,
         )
 
@@ -129,3 +130,10 @@ class LoraTuner(Tuner):
 
 def _device_of(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
+
+
+def base_model_name(uri: str) -> str:
+    """What transformers can load: the hub's ``org/name``, a local path, else the URI for people to read."""
+    if uri.startswith("hf://"):
+        return uri.removeprefix("hf://").partition("@")[0]
+    return uri.removeprefix("file://")
