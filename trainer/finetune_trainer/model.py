@@ -81,6 +81,19 @@ class LossOutput:
     correct: torch.Tensor  # () int64, tokens whose arg-max equals the label
 
 
+def row_arguments(batch: Batch) -> dict[str, Any]:
+    """A micro-batch in transformers' own keywords: one row, positions that restart, segment boundaries, no mask."""
+    return {
+        "input_ids": batch.input_ids,
+        "position_ids": batch.position_ids,
+        "use_cache": False,
+        "cu_seq_lens_q": batch.cumulative_lengths,
+        "cu_seq_lens_k": batch.cumulative_lengths,
+        "max_length_q": batch.longest_segment,
+        "max_length_k": batch.longest_segment,
+    }
+
+
 class CausalLMForTraining(nn.Module):
     """What an engine wraps: (input_ids, labels) -> loss sums. The head runs only where a label exists."""
 
@@ -109,13 +122,7 @@ class CausalLMForTraining(nn.Module):
         """(T, D) after the last norm."""
         decoder = getattr(self.model, self.model.base_model_prefix)
         output = decoder(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            cu_seq_lens_q=batch.cumulative_lengths,
-            cu_seq_lens_k=batch.cumulative_lengths,
-            max_length_q=batch.longest_segment,
-            max_length_k=batch.longest_segment,
+            **row_arguments(batch),
         )
         return output.last_hidden_state[0]
 

@@ -15,7 +15,7 @@ from finetune_trainer.checkpoint import full_numel
 from finetune_trainer.data import Batch, PreparedData
 from finetune_trainer.distributed import RankContext
 from finetune_trainer.engines.base import Engine
-from finetune_trainer.model import DTYPES
+from finetune_trainer.model import DTYPES, row_arguments
 from finetune_trainer.tuners.base import is_packed
 
 _LOGIT_TOLERANCE = {Precision.FP32: 1e-3, Precision.BF16: 0.15, Precision.FP16: 0.05}
@@ -112,13 +112,7 @@ def check_head(model: nn.Module, engine: Engine, batch: Batch, context: RankCont
     try:
         with torch.no_grad(), engine.autocast():
             output = model(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                use_cache=False,
-                cu_seq_lens_q=batch.cumulative_lengths,
-                cu_seq_lens_k=batch.cumulative_lengths,
-                max_length_q=batch.longest_segment,
-                max_length_k=batch.longest_segment,
+                **row_arguments(batch),
                 logits_to_keep=1,
             )
     finally:
