@@ -1,0 +1,171 @@
+"""What is known of one job right now: read once, typed, never changed. Every decision is made from an Observed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from pydantic import ValidationError
+
+from finetune_api.report import Progress, Termination
+
+JOB_LABEL = "finetune.dev/job"
+INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
+TRAINER = "trainer"  # name of the training container
+
+Object = Mapping[str, Any]  # a Kubernetes object as JSON
+
+
+@dataclass(frozen=True)
+class JobView:
+    """The Indexed Job of a FineTuneJob."""
+
+    name: str
+    uid: str
+    created: datetime
+    suspended: bool  # as asked: spec.suspend
+    active_deadline_seconds: int | None
+    config_map: str | None  # the one its pods mount
+    nodes: int
+    active: int = 0
+    ready: int = 0
+    succeeded: int = 0
+    failed: int = 0
+    terminating: int = 0
+    started: datetime | None = None
+    complete: bool = False
+    failure: tuple[str, str] | None = None  # (reason, message) of its Failed or FailureTarget condition
+    deleting: bool = False
+
+
+@dataclass(frozen=True)
+class PodView:
+    """One pod of the Job, dead or alive. Several may share an index; the newest one counts."""
+
+    name: str
+    uid: str
+    index: int
+    created: datetime
+    phase: str  # Pending | Running | Succeeded | Failed | Unknown
+    node: str = ""
+    address: str = ""
+    ready: bool = False
+    started: datetime | None = None  # of the training container
+    finished: datetime | None = None
+    exit_code: int | None = None
+    killed_for_memory: bool = False
+    reason: str = ""  # status.reason: Evicted, NodeLost, ...
+    message: str = ""
+    unschedulable: str = ""  # the scheduler's own words
+    waiting: tuple[str, str] = ("", "")  # (reason, message) of a container that cannot start
+    image: str = ""
+    disruption: tuple[str, str] = ("", "")  # (reason, message) of condition DisruptionTarget
+    deleted: datetime | None = None  # deletionTimestamp: when the grace period ends
+    termination: Termination | None = None  # the launcher's last word
+
+    @property
+    def ended(self) -> bool:
+        return self.phase in {"Succeeded", "Failed"}
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Everything a verdict may depend on."""
+
+    resource: Object  # the FineTuneJob
+    now: datetime
+    job: JobView | None = None
+    pods: tuple[PodView, ...] | None = None  # None: not looked at this time, nothing may be concluded
+    complaints: tuple[str, ...] = ()  # Warning events about Job and pods, newest first (quota, volumes, ...)
+    progress: tuple[Progress, ...] = ()  # what reachable launchers said, by node rank
+
+    @property
+    def generation(self) -> int:
+        return int(self.resource["metadata"].get("generation", 1))
+
+
+def parse_time(text: str | None) -> datetime | None:
+    """RFC 3339 -> aware datetime."""
+    return datetime.fromisoformat(text) if text else None
+
+
+def job_view(job: Object) -> JobView:
+    """A batch/v1 Job as :class:`JobView`."""
+    metadata, spec, status = job["metadata"], job["spec"], job.get("status", {})
+    conditions = {c["type"]: c for c in status.get("conditions", ()) if c["status"] == "True"}
+    failed = conditions.get("Failed") or conditions.get("FailureTarget")
+    volumes = spec["template"]["spec"].get("volumes", ())
+    return JobView(
+        name=metadata["name"],
+        uid=metadata["uid"],
+        created=datetime.fromisoformat(metadata["creationTimestamp"]),
+        suspended=bool(spec.get("suspend")),
+        active_deadline_seconds=spec.get("activeDeadlineSeconds"),
+        config_map=next((v["configMap"]["name"] for v in volumes if "configMap" in v), None),
+        nodes=spec.get("completions", 1),
+        active=status.get("active", 0),
+        ready=status.get("ready", 0),
+        succeeded=status.get("succeeded", 0),
+        failed=status.get("failed", 0),
+        terminating=status.get("terminating", 0),
+        started=parse_time(status.get("startTime")),
+        complete="Complete" in conditions or "SuccessCriteriaMet" in conditions,
+        failure=(failed.get("reason", ""), failed.get("message", "")) if failed else None,
+        deleting="deletionTimestamp" in metadata,
+    )
+
+
+def pod_view(pod: Object) -> PodView:
+    """A core/v1 Pod as :class:`PodView`."""
+    metadata, spec, status = pod["metadata"], pod["spec"], pod.get("status", {})
+    conditions = {c["type"]: c for c in status.get("conditions", ())}
+    container: Object = next((c for c in status.get("containerStatuses", ()) if c["name"] == TRAINER), {})
+    state = container.get("state", {})
+    terminated, waiting = state.get("terminated", {}), state.get("waiting", {})
+    scheduled, disrupted = conditions.get("PodScheduled", {}), conditions.get("DisruptionTarget", {})
+    is_unschedulable = scheduled.get("status") == "False"
+    return PodView(
+        name=metadata["name"],
+        uid=metadata["uid"],
+        index=pod_index(metadata),
+        created=datetime.fromisoformat(metadata["creationTimestamp"]),
+        phase=status.get("phase", "Unknown"),
+        node=spec.get("nodeName", ""),
+        address=status.get("podIP", ""),
+        ready=conditions.get("Ready", {}).get("status") == "True",
+        started=parse_time(terminated.get("startedAt") or state.get("running", {}).get("startedAt")),
+        finished=parse_time(terminated.get("finishedAt")),
+        exit_code=terminated.get("exitCode"),
+        killed_for_memory=terminated.get("reason") == "OOMKilled",
+        reason=status.get("reason", ""),
+        message=status.get("message", ""),
+        unschedulable=scheduled.get("message", "") if is_unschedulable else "",
+        waiting=(waiting.get("reason", ""), waiting.get("message", "")),
+        image=spec["containers"][0].get("image", ""),
+        disruption=(disrupted.get("reason", ""), disrupted.get("message", ""))
+        if disrupted.get("status") == "True"
+        else ("", ""),
+        deleted=parse_time(metadata.get("deletionTimestamp")),
+        termination=_termination(terminated.get("message")),
+    )
+
+
+def pod_index(metadata: Object) -> int:
+    """The completion index of a pod of an Indexed Job."""
+    text = metadata.get("labels", {}).get(INDEX_LABEL) or metadata.get("annotations", {}).get(INDEX_LABEL)
+    if text is None:  # the index is also part of the pod's name
+        found = re.search(r"-(\d+)-[a-z0-9]+$", metadata["name"])
+        text = found.group(1) if found else "0"
+    return int(text)
+
+
+def _termination(message: str | None) -> Termination | None:
+    if not message:
+        return None
+    try:
+        return Termination.model_validate_json(message)
+    except ValidationError:
+        return None  # not ours: the image's own words, or cut short
