@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 UV := .uv/bin/uv
 INSTALLED := $(VENV)/.installed-dev
 BENCH_INSTALLED := $(VENV)/.installed-bench
-SOURCES := api storage trainer client tests examples bench
+SOURCES := api storage trainer operator client deploy tests examples bench
 
 export PYTHONUNBUFFERED := 1
 export UV_PYTHON_DOWNLOADS := never
@@ -27,7 +27,7 @@ test: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
-	$(BIN)/mypy api/finetune_api storage/finetune_storage client/finetune trainer/finetune_trainer
+	$(BIN)/mypy api/finetune_api storage/finetune_storage client/finetune trainer/finetune_trainer operator/finetune_operator
 	$(BIN)/lint-imports
 
 verify: $(INSTALLED)
@@ -61,7 +61,7 @@ $(BENCH_INSTALLED): requirements/bench.txt $(INSTALLED)
 	touch $@
 
 lock: | $(UV)
-	for extra in client trainer dev bench; do \
+	for extra in client trainer operator dev bench; do \
 	  $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
 	    pyproject.toml --extra $$extra -o requirements/$$extra.txt || exit 1; \
 	done
