@@ -8,12 +8,18 @@ from finetune_api.names import nearest
 
 MODEL_SCHEMES = ("hf", "s3", "gs", "az", "pvc", "file")
 OBJECT_SCHEMES = ("s3", "gs", "az", "pvc", "file")
+CLAIMS_DIRECTORY = "/mnt/pvc"  # pvc://claim/path is CLAIMS_DIRECTORY/claim/path in a training pod
 _REVISION = re.compile(r"^[0-9a-f]{40}$")
 
 
 def without_secrets(uri: str) -> str:
     """The URI with user information blanked."""
     return re.sub(r"://[^/]*@", "://***@", uri) if uri.partition("://")[2].partition("/")[0].count("@") else uri
+
+
+def claim_of(uri: str) -> str | None:
+    """The PersistentVolumeClaim that a ``pvc://`` URI names, else ``None``."""
+    return uri.removeprefix("pvc://").partition("/")[0] if uri.startswith("pvc://") else None
 
 
 def uri_trouble(uri: str, is_model: bool) -> tuple[str, str] | None:

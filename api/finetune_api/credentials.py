@@ -1,0 +1,72 @@
+"""How a Secret that a manifest names reaches the code that opens a URI: one table of names, one way to keep two apart.
+
+Every Secret of a job is visible under a prefix of its own, so that a model and an output in two stores may use the same
+keys. Locations that name no Secret read the plain names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from finetune_api.spec import FineTuneJobSpec, ObjectLocation
+
+# The variables that are read for a scheme (docs/storage.md). Others cannot enter a pod through a Secret.
+VARIABLES: Mapping[str, tuple[str, ...]] = {
+    "s3": (
+        "AWS_ACCESS_KEY_ID",
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_SESSION_TOKEN",
+        "AWS_SKIP_SIGNATURE",
+        "AWS_REGION",
+        "AWS_DEFAULT_REGION",
+        "AWS_ENDPOINT_URL",
+        "AWS_ENDPOINT_URL_S3",
+    ),
+    "gs": ("GOOGLE_SERVICE_ACCOUNT_KEY", "GOOGLE_BASE_URL", "GOOGLE_SKIP_SIGNATURE"),
+    "az": (
+        "AZURE_STORAGE_ACCOUNT_NAME",
+        "AZURE_STORAGE_ACCOUNT_KEY",
+        "AZURE_STORAGE_SAS_KEY",
+        "AZURE_STORAGE_SAS_TOKEN",
+        "AZURE_CLIENT_ID",
+        "AZURE_CLIENT_SECRET",
+        "AZURE_TENANT_ID",
+        "AZURE_STORAGE_ENDPOINT",
+    ),
+    "hf": ("HF_TOKEN", "HF_ENDPOINT"),
+}
+_PREFIX = "FINETUNE_ENV_"
+
+
+def variable_prefix(secret_name: str) -> str:
+    """What the keys of a Secret are prefixed with: ``my-bucket`` -> ``FINETUNE_ENV_MY_BUCKET__``."""
+    return f"{_PREFIX}{secret_name.upper().replace('-', '_')}__"
+
+
+def environment_of(location: ObjectLocation, environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables as ``location`` sees them.
+
+    A location with a Secret of its own sees that Secret's keys under their plain names, and none of another Secret's.
+    Where its Secret is not in the environment (outside of a cluster), it sees the environment as it is.
+    """
+    prefix = variable_prefix(location.credentials.secret_name) if location.credentials else None
+    own = {name[len(prefix) :]: value for name, value in environment.items() if prefix and name.startswith(prefix)}
+    if not own:
+        return dict(environment)
+    foreign = {name for name in environment if _came_from_secret(name, environment)}
+    return {name: value for name, value in environment.items() if name not in foreign} | own
+
+
+def locations(spec: FineTuneJobSpec) -> Iterator[tuple[str, str, ObjectLocation]]:
+    """(field path, uri, block) of every place that a job reads or writes; the output first."""
+    yield "spec.output", spec.output.uri, spec.output
+    yield "spec.model", spec.model.uri, spec.model
+    for number, source in enumerate(spec.dataset.train):
+        yield f"spec.dataset.train[{number}]", source.uri, source
+    held_out = spec.dataset.validation.sources if spec.dataset.validation else ()
+    for number, source in enumerate(held_out):
+        yield f"spec.dataset.validation.sources[{number}]", source.uri, source
+
+
+def _came_from_secret(name: str, environment: Mapping[str, str]) -> bool:
+    return any(other.startswith(_PREFIX) and other.endswith(f"__{name}") for other in environment)

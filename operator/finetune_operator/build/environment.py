@@ -1,0 +1,83 @@
+"""The training container's variables. Values are plain words; whatever is secret is a reference that kubelet resolves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from finetune_api.credentials import VARIABLES, locations, variable_prefix
+from finetune_api.quantities import quantity_value
+from finetune_operator.build.inputs import Inputs
+from finetune_operator.build.volumes import CACHE_DIRECTORY, TEMPORARY_DIRECTORY
+
+_USER = "finetune"
+_FROM_POD = {"NODE_NAME": "spec.nodeName", "POD_IP": "status.podIP", "POD_NAME": "metadata.name"}
+
+
+def build_environment(inputs: Inputs) -> list[dict[str, Any]]:
+    """``env``, sorted by name; the administrator's values win over ours."""
+    entries: dict[str, dict[str, Any]] = {name: {"value": value} for name, value in _values(inputs).items()}
+    for name, secret in _plain_secrets(inputs).items():
+        reference = {"name": secret, "key": name, "optional": True}  # which keys a Secret has is its owner's choice
+        entries[name] = {"valueFrom": {"secretKeyRef": reference}}
+    for name, path in _FROM_POD.items():
+        entries[name] = {"valueFrom": {"fieldRef": {"apiVersion": "v1", "fieldPath": path}}}
+    entries |= {name: {"value": value} for name, value in inputs.settings.pod_defaults.environment.items()}
+    return [{"name": name, **entries[name]} for name in sorted(entries)]
+
+
+def build_secret_sources(inputs: Inputs) -> list[dict[str, Any]]:
+    """``envFrom``: each Secret under its own prefix, so that two never mix and none sets a variable of Python or libc.
+
+    They are not optional: a pod whose Secret is missing waits, and says which one.
+    """
+    return [{"prefix": variable_prefix(name), "secretRef": {"name": name}} for name in secret_names(inputs)]
+
+
+def secret_names(inputs: Inputs) -> list[str]:
+    """The Secrets that the job names, sorted."""
+    return sorted({block.credentials.secret_name for _, _, block in locations(inputs.spec) if block.credentials})
+
+
+def _plain_secrets(inputs: Inputs) -> dict[str, str]:
+    """Variable -> Secret for locations that name no Secret: that of the output, else of the model, else of the data.
+
+    A Secret of a location with the same scheme comes before one with another.
+    """
+    places = [(uri.partition("://")[0], block.credentials) for _, uri, block in locations(inputs.spec)]
+    named = [(scheme, credentials.secret_name) for scheme, credentials in places if credentials]
+    chosen: dict[str, str] = {}
+    for scheme in sorted({scheme for scheme, _ in places} & VARIABLES.keys()):
+        secret = next((name for other, name in named if other == scheme), named[0][1] if named else None)
+        if secret is not None:
+            chosen |= dict.fromkeys(VARIABLES[scheme], secret)
+    return chosen
+
+
+def _values(inputs: Inputs) -> dict[str, str]:
+    values = {
+        "HF_HOME": f"{CACHE_DIRECTORY}/huggingface",
+        "HOME": TEMPORARY_DIRECTORY,
+        "LOGNAME": _USER,  # libraries ask who they are, and an arbitrary user has no entry in /etc/passwd
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONUNBUFFERED": "1",
+        "TMPDIR": TEMPORARY_DIRECTORY,
+        "TOKENIZERS_PARALLELISM": "false",
+        "TORCHINDUCTOR_CACHE_DIR": f"{TEMPORARY_DIRECTORY}/torchinductor",
+        "TRITON_CACHE_DIR": f"{TEMPORARY_DIRECTORY}/triton",
+        "USER": _USER,
+    }
+    if not inputs.spec.model.uri.startswith("hf://"):
+        values["HF_HUB_OFFLINE"] = "1"
+    if inputs.plan.device == "cpu":
+        values["DS_ACCELERATOR"] = "cpu"
+    threads = threads_per_rank(inputs)
+    if threads is not None:
+        values["OMP_NUM_THREADS"] = str(threads)
+    return values
+
+
+def threads_per_rank(inputs: Inputs) -> int | None:
+    """The pod's processors dealt to its ranks; ``None`` where the job names no number: the trainer asks the kernel."""
+    resources = inputs.spec.resources
+    cpu = resources.limits.cpu or resources.requests.cpu
+    return None if cpu is None else max(1, int(quantity_value(cpu)) // inputs.plan.processes_per_node)
