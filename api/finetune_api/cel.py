@@ -6,7 +6,12 @@ Every rule stands at the block that owns its fields, so that unset blocks cost n
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
+
+from finetune_api.parameters import ALL_LINEAR
+from finetune_api.spec import Schedule, ScheduleType
+from finetune_api.spec_rules import SCHEDULE_FIELDS, SINGLE_FILES, UNREADABLE
 
 IMMUTABLE_REQUIRED = ("model", "dataset", "method", "output")
 IMMUTABLE_OPTIONAL = ("task", "training", "distributed")
@@ -40,7 +45,63 @@ def _not_file(expression: str, path: str) -> dict[str, Any]:
     )
 
 
+def _quoted(words: Iterable[str]) -> str:
+    return "[" + ", ".join(f"'{word}'" for word in words) + "]"
+
+
+def _schedule_member(name: str, alias: str, types: frozenset[ScheduleType]) -> dict[str, Any]:
+    """A field that only some schedules read; its default says nothing and is let through."""
+    fitting = [kind.value for kind in ScheduleType if kind in types]
+    default = Schedule.model_fields[name].default
+    unset = f"!has(self.{alias})" + ("" if default is None else f" || self.{alias} == {default}")
+    given = f"(has(self.type) ? self.type : '{ScheduleType.COSINE.value}')"
+    known = f"use type {', '.join(fitting)}" if len(fitting) <= 2 else "or change type (see the reference)"
+    message = f"spec.training.schedule.{alias} does not belong to this type of schedule; remove it, {known}"
+    return _rule(f"{unset} || {given} in {_quoted(fitting)}", message.replace(", use", ", or use"))
+
+
+def _at_most(name: str) -> dict[str, Any]:
+    """A request within its limit; the pattern has made both quantities."""
+    both = f"has(self.requests) && has(self.limits) && has(self.requests.{name}) && has(self.limits.{name})"
+    return _rule(
+        f"!({both}) || quantity(self.requests.{name}).compareTo(quantity(self.limits.{name})) <= 0",
+        f"spec.resources.requests.{name} must be at most resources.limits.{name}; lower it, or raise the limit",
+    )
+
+
+def _offload(name: str) -> dict[str, Any]:
+    return _rule(
+        f"!has(self.{name}) || self.{name} != 'NVMe' || (has(self.zeroStage) && self.zeroStage == 3)",
+        f"spec.distributed.strategy.deepspeed.{name}: only ZeRO stage 3 offloads to NVMe; set zeroStage: 3, or use CPU",
+    )
+
+
+def _once(block: str, name: str, key: str = "") -> dict[str, Any]:
+    """No two items alike (in ``key``)."""
+    left, right = (f"a.{key}", f"b.{key}") if key else ("a", "b")
+    return _rule(
+        f"!has(self.{name}) || self.{name}.all(a, self.{name}.exists_one(b, {left} == {right}))",
+        f"{block}.{name} lists something twice; remove one of the two",
+    )
+
+
+def _readable(path: str) -> dict[str, Any]:
+    return _rule(
+        f"!{_quoted(UNREADABLE)}.exists(suffix, self.uri.lowerAscii().endsWith(suffix))",
+        f"{path}: the uri is no format that can be read; use JSONL (plain, .gz, .zst), Parquet, Arrow or CSV",
+    )
+
+
 _LOCATION = (
+    _rule("!self.uri.matches('^[a-z0-9]+://+$')", "uri: names nothing after its scheme; write scheme://bucket/path"),
+    _rule(
+        "self.uri.startsWith('hf://') || !self.uri.matches('^[a-z0-9]+://(.*/)?[.]{1,2}(/.*)?$')",
+        "uri: contains '.' or '..'; write the path out",
+    ),
+    _rule(
+        "!has(self.credentials) || !(self.uri.startsWith('file://') || self.uri.startsWith('pvc://'))",
+        "credentials: file:// and pvc:// need no credentials; remove them",
+    ),
     _rule(
         "!has(self.endpoint) || !(self.uri.startsWith('file://') || self.uri.startsWith('pvc://'))",
         "endpoint: file:// and pvc:// have no endpoint; remove it",
@@ -56,8 +117,15 @@ _PROCESSES = (
     "(has(self.resources) && has(self.resources.accelerator) && has(self.resources.accelerator.count) ? "
     "self.resources.accelerator.count : 1))"
 )
+_RANKS = f"({_NODES} * {_PROCESSES})"
 _BATCH = "(has(self.training) && has(self.training.globalBatchSize) ? self.training.globalBatchSize : 32)"
 _STRATEGY = "has(self.distributed) && has(self.distributed.strategy) && has(self.distributed.strategy.type)"
+_DEEPSPEED = f"{_STRATEGY} && self.distributed.strategy.type == 'DeepSpeed' && has(self.distributed.strategy.deepspeed)"
+_OPTIONS = "self.distributed.strategy.deepspeed"
+_STAGE_3 = f"has({_OPTIONS}.zeroStage) && {_OPTIONS}.zeroStage == 3"
+_NVME = " || ".join(
+    f"(has({_OPTIONS}.{name}) && {_OPTIONS}.{name} == 'NVMe')" for name in ("offloadOptimizer", "offloadParameters")
+)
 
 RULES: dict[str, tuple[dict[str, Any], ...]] = {
     "": (
@@ -110,18 +178,37 @@ RULES: dict[str, tuple[dict[str, Any], ...]] = {
             "spec.distributed.processesPerNode must equal resources.accelerator.count; leave it out",
         ),
         _rule(
-            f"{_BATCH} % ({_NODES} * {_PROCESSES}) == 0",
+            f"{_BATCH} % {_RANKS} == 0",
             "spec.training.globalBatchSize must be a multiple of the ranks (nodes x processesPerNode); change either",
+        ),
+        _rule(
+            f"!has(self.training) || !has(self.training.microBatchSize) || {_BATCH} % {_RANKS} != 0 || "
+            f"{_BATCH} / {_RANKS} % self.training.microBatchSize == 0",
+            "spec.training.microBatchSize must divide the samples per step of each rank (globalBatchSize / ranks); "
+            "change either",
+        ),
+        _rule(
+            f"!({_DEEPSPEED}) || !has(self.training) || !has(self.training.gradientCheckpointing) || "
+            f"self.training.gradientCheckpointing != 'Selective' || !({_STAGE_3})",
+            "spec.training.gradientCheckpointing: Selective cannot replay what ZeRO stage 3 gathers; use Full, or "
+            "distributed.strategy.type: FSDP",
+        ),
+        _rule(
+            f"!({_DEEPSPEED}) || !({_NVME}) || (has(self.resources) && has(self.resources.scratch))",
+            "spec.distributed.strategy.deepspeed: NVMe offload needs local disk; set resources.scratch, or use CPU",
         ),
     ),
     "spec.model": (
         _rule(
-            "!self.uri.contains('*') && "
-            "!['.safetensors', '.bin', '.pt', '.pth', '.gguf'].exists(suffix, self.uri.endsWith(suffix))",
+            f"!self.uri.contains('*') && !{_quoted(SINGLE_FILES)}.exists(suffix, self.uri.endsWith(suffix))",
             "spec.model.uri names a file or pattern; name the directory with config.json and *.safetensors",
         ),
         *_LOCATION,
         _not_file("!self.uri.startsWith('file://')", "spec.model.uri"),
+        _rule(
+            "!self.uri.startsWith('hf://') || self.uri.matches('^hf://[^/@]+/[^/@]+(@[0-9a-f]{40})?$')",
+            "spec.model.uri must name one repository; write hf://owner/name or hf://owner/name@<commit>",
+        ),
         _rule(
             "!has(self.revision) || (self.uri.startsWith('hf://') && !self.uri.contains('@'))",
             "spec.model.revision: only an hf:// uri without '@' takes a revision; remove one of the two",
@@ -131,16 +218,30 @@ RULES: dict[str, tuple[dict[str, Any], ...]] = {
             "spec.model.uri carries user information before '@'; name a Secret in credentials.secretName instead",
         ),
     ),
-    "spec.dataset.train[]": (*_LOCATION, _not_file("!self.uri.startsWith('file://')", "spec.dataset.train")),
+    "spec.dataset": (
+        _once("spec.dataset", "train", "uri"),
+        _rule(
+            "!has(self.validation) || !has(self.validation.sources) || "
+            "!self.validation.sources.exists(s, self.train.exists(t, t.uri == s.uri))",
+            "spec.dataset.validation.sources names training data as well; use other files, or validation.fraction",
+        ),
+    ),
+    "spec.dataset.train[]": (
+        *_LOCATION,
+        _not_file("!self.uri.startsWith('file://')", "spec.dataset.train"),
+        _readable("spec.dataset.train"),
+    ),
     "spec.dataset.validation": (
         _rule(
             "has(self.fraction) != (has(self.sources) && self.sources.size() > 0)",
             "spec.dataset.validation needs either fraction or sources; set one of the two",
         ),
+        _once("spec.dataset.validation", "sources", "uri"),
     ),
     "spec.dataset.validation.sources[]": (
         *_LOCATION,
         _not_file("!self.uri.startsWith('file://')", "spec.dataset.validation.sources"),
+        _readable("spec.dataset.validation.sources"),
     ),
     "spec.output": (
         *_LOCATION,
@@ -154,7 +255,7 @@ RULES: dict[str, tuple[dict[str, Any], ...]] = {
     "spec.method.lora": (
         _rule(
             "!has(self.targetModules) || self.targetModules.size() == 1 || "
-            "!self.targetModules.exists(m, m == 'all-linear')",
+            f"!self.targetModules.exists(m, m == '{ALL_LINEAR}')",
             "spec.method.lora.targetModules names all-linear and others; keep all-linear alone, or the names alone",
         ),
         _rule(
@@ -162,6 +263,12 @@ RULES: dict[str, tuple[dict[str, Any], ...]] = {
             "!self.modulesToSave.exists(m, m in self.targetModules)",
             "spec.method.lora.modulesToSave names a module of targetModules; keep it in one of the two",
         ),
+        _rule(
+            f"!has(self.modulesToSave) || !('{ALL_LINEAR}' in self.modulesToSave)",
+            "spec.method.lora.modulesToSave: all-linear is no module that can be saved whole; use method Full",
+        ),
+        _once("spec.method.lora", "targetModules"),
+        _once("spec.method.lora", "modulesToSave"),
     ),
     "spec.training": (
         _rule(
@@ -183,6 +290,21 @@ RULES: dict[str, tuple[dict[str, Any], ...]] = {
             "!(has(self.warmupFraction) && has(self.warmupSteps))",
             "spec.training.schedule has both warmupFraction and warmupSteps; keep one of the two",
         ),
+        *(_schedule_member(*field) for field in SCHEDULE_FIELDS),
+    ),
+    "spec.training.optimizer": (
+        _rule(
+            "!has(self.momentum) || self.momentum == 0.0 || (has(self.type) && self.type == 'SGD')",
+            "spec.training.optimizer.momentum belongs to type SGD only; remove it, or set type: SGD",
+        ),
+        *(
+            _rule(
+                f"!has(self.{name}) || self.{name} == {default} || !has(self.type) || "
+                "self.type in ['AdamW', 'AdamW8bit', 'PagedAdamW8bit']",
+                f"spec.training.optimizer.{name} belongs to the types of AdamW only; remove it, or set type: AdamW",
+            )
+            for name, default in (("beta1", 0.9), ("beta2", 0.999))
+        ),
     ),
     "spec.distributed.strategy": (
         _member("strategy", "fsdp", ("FSDP",), "distributed.strategy"),
@@ -193,6 +315,19 @@ RULES: dict[str, tuple[dict[str, Any], ...]] = {
             "!has(self.offloadParameters) || self.offloadParameters == 'None' || "
             "(has(self.zeroStage) && self.zeroStage == 3)",
             "spec.distributed.strategy.deepspeed.offloadParameters needs ZeRO stage 3; set zeroStage: 3",
+        ),
+        _offload("offloadOptimizer"),
+        _offload("offloadParameters"),
+    ),
+    "spec.resources": (_at_most("cpu"), _at_most("memory")),
+    "spec.placement.tolerations[]": (
+        _rule(
+            "!has(self.operator) || self.operator != 'Exists' || !has(self.value) || self.value == ''",
+            "spec.placement.tolerations: operator Exists takes no value; remove it, or use Equal",
+        ),
+        _rule(
+            "!has(self.tolerationSeconds) || (has(self.effect) && self.effect == 'NoExecute')",
+            "spec.placement.tolerations.tolerationSeconds goes with NoExecute only; set effect: NoExecute",
         ),
     ),
 }

@@ -75,11 +75,31 @@ def configuration_problems(configuration: Mapping[str, Any]) -> Iterator[Problem
         yield Problem(path, None, "is not a setting that a job may pass on", remedy)
 
 
+def configuration_schema() -> dict[str, Any]:
+    """The same list as JSON Schema, for editors and for the API server."""
+    top: dict[str, Any] = {}
+    zero: dict[str, Any] = {}
+    for name, setting in SETTINGS.items():
+        block, dot, member = name.rpartition(".")
+        (zero if dot else top)[member if dot else name] = _setting_schema(setting)
+        assert block in {"", "zero_optimization"}
+    block_schema = {"type": "object", "additionalProperties": False, "properties": zero}
+    return {"type": "object", "additionalProperties": False, "properties": {**top, "zero_optimization": block_schema}}
+
+
+def _setting_schema(setting: _Setting) -> dict[str, Any]:
+    if setting.kind is bool:
+        return {"type": "boolean"}
+    if setting.kind is str:
+        return {"type": "string", "enum": list(setting.choices)}
+    return {"type": "integer", "minimum": setting.minimum, "maximum": setting.maximum}
+
+
 def _flat(configuration: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Settings by dotted name; only ``zero_optimization`` is looked into."""
     for name, value in configuration.items():
         if name != "zero_optimization":
-            yield name, value
+            yield (f"'{name}'" if "." in name else name), value  # a dotted name is no way into the block
         elif isinstance(value, Mapping):
             yield from ((f"{name}.{key}", member) for key, member in value.items())
         else:

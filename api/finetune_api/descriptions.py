@@ -113,6 +113,24 @@ _DISTRIBUTED = {
     "strategy.deepspeed.configuration": "More settings of DeepSpeed, from a fixed list (bucket sizes, overlap, ...).",
 }
 
+_CONFIGURATION = {
+    "communication_data_type": "Type of the gradients on the wire.",
+    "wall_clock_breakdown": "Log the time of forward, backward and step.",
+    "zero_optimization": "Settings of ZeRO.",
+    "zero_optimization.allgather_partitions": "Gather updated parameters with all-gather instead of broadcasts.",
+    "zero_optimization.allgather_bucket_size": "Elements gathered at a time.",
+    "zero_optimization.reduce_bucket_size": "Elements reduced at a time.",
+    "zero_optimization.reduce_scatter": "Reduce-scatter gradients instead of all-reducing them.",
+    "zero_optimization.overlap_comm": "Reduce gradients while the backward pass goes on.",
+    "zero_optimization.contiguous_gradients": "Copy gradients into one buffer as they come.",
+    "zero_optimization.round_robin_gradients": "Deal the copies of gradients to host memory over the ranks.",
+    "zero_optimization.sub_group_size": "Parameters updated at a time (stage 3).",
+    "zero_optimization.stage3_prefetch_bucket_size": "Elements fetched ahead of their use.",
+    "zero_optimization.stage3_param_persistence_threshold": "Parameters smaller than this stay on every rank.",
+    "zero_optimization.stage3_max_live_parameters": "Most parameters held per device at a time.",
+    "zero_optimization.stage3_max_reuse_distance": "A parameter needed again within this distance is kept.",
+}
+
 _RESOURCES = {
     "": "What one pod gets. Without accelerator the job trains on CPU.",
     "accelerator": "Devices of a pod.",
@@ -199,6 +217,7 @@ _BLOCKS: dict[str, dict[str, str]] = {
     "spec.method": _METHOD,
     "spec.training": _TRAINING,
     "spec.distributed": _DISTRIBUTED,
+    "spec.distributed.strategy.deepspeed.configuration": _CONFIGURATION,
     "spec.resources": _RESOURCES,
     "spec.placement": _PLACEMENT,
     "spec.checkpoint": _CHECKPOINT,

@@ -6,6 +6,7 @@ from typing import Any
 
 from finetune_api import API_GROUP, API_VERSION, KIND
 from finetune_api.manifest import Metadata
+from finetune_api.schema_conditions import with_conditions
 from finetune_api.schema_tree import schema_of
 from finetune_api.spec import FineTuneJobSpec
 
@@ -25,7 +26,7 @@ def manifest_schema() -> dict[str, Any]:
             "apiVersion": {"const": f"{API_GROUP}/{API_VERSION}"},
             "kind": {"const": KIND},
             "metadata": metadata,
-            "spec": _nulls(schema_of(FineTuneJobSpec, "spec")),
+            "spec": with_conditions(_nulls(schema_of(FineTuneJobSpec, "spec")), "spec"),
             "status": {"type": "object"},
         },
     }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from finetune_api.deepspeed_options import PATH as DEEPSPEED_CONFIGURATION
+from finetune_api.deepspeed_options import configuration_schema
 from finetune_api.descriptions import DESCRIPTIONS
 from finetune_api.fields import SchemaModel
 
@@ -23,6 +25,8 @@ def schema_of(model: type[SchemaModel], root: str) -> dict[str, Any]:
 
 def _inline(node: dict[str, Any], definitions: dict[str, Any], path: str) -> dict[str, Any]:
     node = dict(node)
+    if path == DEEPSPEED_CONFIGURATION:  # a dict in Python, a closed list of settings everywhere else
+        node = configuration_schema()
     if "anyOf" in node:
         node = _without_null(node)
     reference = node.pop("$ref", None)

@@ -25,7 +25,7 @@ from finetune_api.spec import (
 )
 from finetune_api.uris import uri_trouble, without_secrets
 
-_UNREADABLE = (
+UNREADABLE = (
     ".zip",
     ".tar",
     ".tar.gz",
@@ -40,7 +40,7 @@ _UNREADABLE = (
     ".pickle",
     ".pt",
 )
-_SINGLE_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt", ".onnx")
+SINGLE_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt", ".onnx")
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _revision(spec: FineTuneJobSpec) -> Iterator[Problem]:
 
 def _model_uri(spec: FineTuneJobSpec) -> Iterator[Problem]:
     uri = spec.model.uri
-    if uri.endswith(_SINGLE_FILES):
+    if uri.endswith(SINGLE_FILES):
         yield Problem("spec.model.uri", uri, "is one file", "name the directory with config.json and *.safetensors")
     if "*" in uri:
         yield Problem("spec.model.uri", uri, "is a pattern", "name one directory")
@@ -112,7 +112,7 @@ def _location_options(spec: FineTuneJobSpec) -> Iterator[Problem]:
 
 def _data_files(spec: FineTuneJobSpec) -> Iterator[Problem]:
     for path, source in sources(spec):
-        if source.uri and source.uri.lower().endswith(_UNREADABLE):
+        if source.uri and source.uri.lower().endswith(UNREADABLE):
             remedy = "use JSONL (plain, .gz, .zst), Parquet, Arrow or CSV"
             yield Problem(f"{path}.uri", source.uri, "is no format that can be read", remedy)
 
@@ -193,7 +193,7 @@ def _warmup(spec: FineTuneJobSpec) -> Iterator[Problem]:
 
 _EVERY = frozenset(ScheduleType)
 _RISING = frozenset({ScheduleType.ONE_CYCLE, ScheduleType.SLANTED_TRIANGULAR})
-_SCHEDULE_FIELDS: tuple[tuple[str, str, frozenset[ScheduleType]], ...] = (
+SCHEDULE_FIELDS: tuple[tuple[str, str, frozenset[ScheduleType]], ...] = (
     ("warmup_fraction", "warmupFraction", _EVERY - _RISING),
     ("warmup_steps", "warmupSteps", _EVERY - _RISING),
     ("minimum_fraction", "minimumFraction", _EVERY - {ScheduleType.CONSTANT}),
@@ -207,7 +207,7 @@ _SCHEDULE_FIELDS: tuple[tuple[str, str, frozenset[ScheduleType]], ...] = (
 
 def _schedule_members(spec: FineTuneJobSpec) -> Iterator[Problem]:
     schedule = spec.training.schedule
-    for name, alias, types in _SCHEDULE_FIELDS:
+    for name, alias, types in SCHEDULE_FIELDS:
         value = getattr(schedule, name)
         if schedule.type in types or value in {None, type(schedule).model_fields[name].default}:
             continue
