@@ -1,0 +1,53 @@
+{{/*
+Everything the operator asks the API server for, and nothing else. tests/cluster compares these lines with an audit log.
+Server-side apply of a new object needs `create` and `patch`.
+*/}}
+
+{{/* In every namespace with jobs: ClusterRole, or one Role per watched namespace. */}}
+{{- define "finetune.rules" -}}
+- apiGroups: [finetune.dev]
+  resources: [finetunejobs]
+  verbs: [list, watch, delete] # delete: ttlSecondsAfterFinished
+- apiGroups: [finetune.dev]
+  resources: [finetunejobs/status]
+  verbs: [patch]
+- apiGroups: [batch]
+  resources: [jobs]
+  verbs: [get, list, watch, create, patch]
+- apiGroups: [""]
+  resources: [services, configmaps]
+  verbs: [create, patch]
+- apiGroups: [""]
+  resources: [pods]
+  verbs: [list, delete]
+- apiGroups: [""]
+  resources: [events] # why a Job cannot make pods: quota, admission
+  verbs: [list]
+- apiGroups: [events.k8s.io]
+  resources: [events]
+  verbs: [create]
+{{- end }}
+
+{{/* In the operator's own namespace. */}}
+{{- define "finetune.ownRules" -}}
+- apiGroups: [coordination.k8s.io]
+  resources: [leases]
+  verbs: [create]
+- apiGroups: [coordination.k8s.io]
+  resources: [leases]
+  resourceNames: [{{ .Values.lease.name | quote }}]
+  verbs: [get, update, patch]
+{{- end }}
+
+{{/* For people: what the ClusterRoles view and edit are extended by. */}}
+{{- define "finetune.viewRules" -}}
+- apiGroups: [finetune.dev]
+  resources: [finetunejobs, finetunejobs/status]
+  verbs: [get, list, watch]
+{{- end }}
+
+{{- define "finetune.editRules" -}}
+- apiGroups: [finetune.dev]
+  resources: [finetunejobs]
+  verbs: [create, update, patch, delete, deletecollection]
+{{- end }}
