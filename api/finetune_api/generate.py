@@ -43,7 +43,9 @@ def chart_crd_template() -> str:
     """The CRD as a template of the chart, so that it is upgraded with it and kept when it is uninstalled."""
     text = _yaml(custom_resource_definition()).replace("{{", "{{ `{{` }}")
     assert text.count("\nmetadata:\n") == 1
-    return _HEADER + "{{- if .Values.crds.install }}\n" + text.replace("\nmetadata:\n", _CHART_METADATA) + "{{- end }}\n"
+    return (
+        _HEADER + "{{- if .Values.crds.install }}\n" + text.replace("\nmetadata:\n", _CHART_METADATA) + "{{- end }}\n"
+    )
 
 
 def schema_json() -> str:
