@@ -6,9 +6,9 @@ keys. Locations that name no Secret read the plain names.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
-from finetune_api.spec import FineTuneJobSpec, ObjectLocation
+from finetune_api.spec import ObjectLocation
 
 # The variables that are read for a scheme (docs/storage.md). Others cannot enter a pod through a Secret.
 VARIABLES: Mapping[str, tuple[str, ...]] = {
@@ -35,6 +35,14 @@ VARIABLES: Mapping[str, tuple[str, ...]] = {
     ),
     "hf": ("HF_TOKEN", "HF_ENDPOINT"),
 }
+# Those that say where, not who: an administrator's list of endpoints must not be passed by through a Secret.
+ENDPOINT_VARIABLES = (
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "GOOGLE_BASE_URL",
+    "AZURE_STORAGE_ENDPOINT",
+    "HF_ENDPOINT",
+)
 _PREFIX = "FINETUNE_ENV_"
 
 
@@ -49,24 +57,17 @@ def environment_of(location: ObjectLocation, environment: Mapping[str, str]) -> 
     A location with a Secret of its own sees that Secret's keys under their plain names, and none of another Secret's.
     Where its Secret is not in the environment (outside of a cluster), it sees the environment as it is.
     """
-    prefix = variable_prefix(location.credentials.secret_name) if location.credentials else None
-    own = {name[len(prefix) :]: value for name, value in environment.items() if prefix and name.startswith(prefix)}
+    if location.credentials is None:
+        return dict(environment)
+    prefix = variable_prefix(location.credentials.secret_name)
+    own = {name[len(prefix) :]: value for name, value in environment.items() if name.startswith(prefix) and value}
     if not own:
         return dict(environment)
-    foreign = {name for name in environment if _came_from_secret(name, environment)}
+    foreign = {name for name in environment if _is_in_a_secret(name, environment)}
     return {name: value for name, value in environment.items() if name not in foreign} | own
 
 
-def locations(spec: FineTuneJobSpec) -> Iterator[tuple[str, str, ObjectLocation]]:
-    """(field path, uri, block) of every place that a job reads or writes; the output first."""
-    yield "spec.output", spec.output.uri, spec.output
-    yield "spec.model", spec.model.uri, spec.model
-    for number, source in enumerate(spec.dataset.train):
-        yield f"spec.dataset.train[{number}]", source.uri, source
-    held_out = spec.dataset.validation.sources if spec.dataset.validation else ()
-    for number, source in enumerate(held_out):
-        yield f"spec.dataset.validation.sources[{number}]", source.uri, source
-
-
-def _came_from_secret(name: str, environment: Mapping[str, str]) -> bool:
-    return any(other.startswith(_PREFIX) and other.endswith(f"__{name}") for other in environment)
+def _is_in_a_secret(name: str, environment: Mapping[str, str]) -> bool:
+    return any(
+        value and other.startswith(_PREFIX) and other.endswith(f"__{name}") for other, value in environment.items()
+    )

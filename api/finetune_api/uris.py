@@ -22,6 +22,14 @@ def claim_of(uri: str) -> str | None:
     return uri.removeprefix("pvc://").partition("/")[0] if uri.startswith("pvc://") else None
 
 
+def is_claim_name(name: str) -> bool:
+    """Whether a PersistentVolumeClaim can be called so (DNS subdomain)."""
+    return (
+        len(name) <= 253
+        and re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*", name) is not None
+    )
+
+
 def uri_trouble(uri: str, is_model: bool) -> tuple[str, str] | None:
     """(rule, remedy) for a URI that cannot be used, else ``None``."""
     schemes = MODEL_SCHEMES if is_model else OBJECT_SCHEMES

@@ -69,9 +69,11 @@ class Access:
 
 
 def connect(locator: ObjectLocator, access: Access, environment: Mapping[str, str]) -> AnyStore:
-    """Build the bucket's store (``file``: rooted at ``/``). Nothing is sent yet."""
+    """Build the bucket's store (``file``: rooted at ``/``, ``pvc``: at the claim's mount). Nothing is sent yet."""
     if locator.scheme == "file":
         return LocalStore(Path("/"))
+    if locator.scheme == "pvc":
+        return LocalStore(locator.claim_directory)
     builders: dict[str, Callable[[ObjectLocator, Access, Mapping[str, str]], AnyStore]]
     builders = {"s3": _connect_s3, "gs": _connect_gs, "az": _connect_az}
     try:

@@ -141,14 +141,7 @@ def _glob_matches(path: str, pattern: str) -> bool:
 
 
 def _open(location: ObjectLocation, uri: str, environment: Mapping[str, str] | None) -> ObjectStore:
-    return ObjectStore.open(
-        uri,
-        endpoint=location.endpoint,
-        region=location.region,
-        path_style=location.path_style,
-        environment=environment,
-        retry_seconds=_PATIENCE_SECONDS,
-    )
+    return ObjectStore.open_location(location, uri=uri, environment=environment, retry_seconds=_PATIENCE_SECONDS)
 
 
 def _estimate_rows(file: SourceFile) -> float | None:

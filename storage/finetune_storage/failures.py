@@ -74,7 +74,7 @@ def judge(error: Exception, locator: ObjectLocator, endpoint: str | None) -> Fai
     code = match.group(1) if (match := _CODE.search(text)) else ""
     if isinstance(error, FileNotFoundError) and code in _ABSENT_CODES and "NoSuchBucket" not in text:
         return Failure(Verdict.ABSENT, "it does not exist")
-    if locator.scheme == "file":
+    if locator.scheme in {"file", "pvc"}:
         return _judge_file(text)
     if any(host in text for host in _METADATA_HOSTS):
         return Failure(Verdict.REFUSED, "no credentials were found", f"set {_CREDENTIAL_HELP[locator.scheme]}")

@@ -17,6 +17,7 @@ from typing import TypeVar
 import obstore
 from obstore.store import LocalStore
 
+from finetune_api.credentials import environment_of
 from finetune_api.errors import StorageError, StorageUnavailable
 from finetune_api.spec import ObjectLocation
 from finetune_storage.connect import Access, AnyStore, connect
@@ -81,25 +82,37 @@ class ObjectStore:
         Raises:
             StorageError: the URI, the endpoint or a credential variable is malformed.
         """
-        locator = parse_uri(uri)
         values = {**os.environ, **(environment or {})}
-        seconds = retry_seconds if retry_seconds is not None else _retry_seconds(values)
-        wanted = Access(endpoint, region, path_style, request_seconds=min(max(seconds, 10.0), 120.0))
-        access = wanted.resolved(locator.scheme, values)
-        backend = connect(locator, access, values)
-        return cls(replace(locator, path=_as_prefix(locator.path)), backend, access.endpoint, seconds)
+        return cls._open(uri, Access(endpoint, region, path_style), values, retry_seconds)
 
     @classmethod
-    def open_location(cls, location: ObjectLocation, *, environment: Mapping[str, str] | None = None) -> ObjectStore:
-        """Open the place a block of the spec names (``model``, a data source, ``output``)."""
-        uri: str = location.uri  # type: ignore[attr-defined]
-        return cls.open(
-            uri,
-            endpoint=location.endpoint,
-            region=location.region,
-            path_style=location.path_style,
-            environment=environment,
-        )
+    def open_location(
+        cls,
+        location: ObjectLocation,
+        *,
+        uri: str | None = None,
+        environment: Mapping[str, str] | None = None,
+        retry_seconds: float | None = None,
+    ) -> ObjectStore:
+        """Open the place a block of the spec names (``model``, a data source, ``output``), or ``uri`` as that block
+        would be: with its endpoint, and in a cluster with its own Secret and no other.
+
+        Raises:
+            StorageError: as :meth:`open`.
+        """
+        uri = uri if uri is not None else location.uri  # type: ignore[attr-defined]
+        values = environment_of(location, {**os.environ, **(environment or {})})
+        wanted = Access(location.endpoint, location.region, location.path_style)
+        return cls._open(uri, wanted, values, retry_seconds)
+
+    @classmethod
+    def _open(cls, uri: str, wanted: Access, values: Mapping[str, str], retry_seconds: float | None) -> ObjectStore:
+        locator = parse_uri(uri)
+        seconds = retry_seconds if retry_seconds is not None else _retry_seconds(values)
+        bounded = replace(wanted, request_seconds=min(max(seconds, 10.0), 120.0))
+        access = bounded.resolved(locator.scheme, values)
+        backend = connect(locator, access, values)
+        return cls(replace(locator, path=_as_prefix(locator.path)), backend, access.endpoint, seconds)
 
     @property
     def uri(self) -> str:
@@ -108,8 +121,8 @@ class ObjectStore:
 
     @property
     def local_directory(self) -> Path | None:
-        """The directory behind a ``file://`` store, else ``None``."""
-        return Path(self.locator.path) if self.locator.scheme == "file" else None
+        """The directory behind a ``file://`` or ``pvc://`` store, else ``None``."""
+        return self.locator.local_path
 
     def __repr__(self) -> str:
         return f"ObjectStore({self.uri!r})"
@@ -251,11 +264,11 @@ class ObjectStore:
         return True
 
     def delete(self, path: str) -> None:
-        """Remove one object; an absent one is no error. Directories left empty under a ``file://`` store go too."""
+        """Remove one object; an absent one is no error. Directories left empty in a file system go too."""
         with suppress(ObjectNotFound):
             self._insist("delete", path, lambda: obstore.delete(self._backend, self._key(path)))
-        if isinstance(self._backend, LocalStore):
-            _remove_empty_parents(Path(self.locator.path), Path(self.locator.path) / path)
+        if (directory := self.local_directory) is not None:
+            _remove_empty_parents(directory, directory / path)
 
     def _key(self, path: str) -> str:
         if not path or path.startswith("/") or any(part in {"", ".", ".."} for part in path.split("/")):

@@ -1,20 +1,27 @@
-"""Object URIs: ``s3://bucket/path``, ``gs://bucket/path``, ``az://container/path``, ``file:///path``."""
+"""Object URIs: ``s3://bucket/path``, ``gs://bucket/path``, ``az://container/path``, ``file:///path``, ``pvc://claim/path``."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import quote, unquote
 
 from finetune_api.errors import StorageError
+from finetune_api.uris import CLAIMS_DIRECTORY, is_claim_name
 
 SCHEMES = ("file", "s3", "gs", "az")
+CLAIMS_VARIABLE = "FINETUNE_CLAIMS_DIRECTORY"  # where PersistentVolumeClaims are mounted, if not at /mnt/pvc
 _WILDCARDS = "*?["
+_UNQUOTED = "/~!$&'()*+,;=:@[]?"
 
 
 @dataclass(frozen=True)
 class ObjectLocator:
-    """A parsed URI. ``bucket`` is empty for ``file``, whose ``path`` is absolute; other paths have no leading slash."""
+    """A parsed URI. ``bucket`` is empty for ``file``, whose ``path`` is absolute; other paths have no leading slash.
+
+    For ``pvc``, ``bucket`` is the PersistentVolumeClaim.
+    """
 
     scheme: str
     bucket: str
@@ -22,16 +29,45 @@ class ObjectLocator:
 
     @property
     def uri(self) -> str:
-        """The canonical spelling; a path of ``file`` is percent-encoded where it must be."""
+        """The canonical spelling; a path of a file system is percent-encoded where it must be."""
         if self.scheme == "file":
-            return "file://" + quote(self.path, safe="/~!$&'()*+,;=:@[]?")
-        return f"{self.scheme}://{self.bucket}/{self.path}"
+            return "file://" + quote(self.path, safe=_UNQUOTED)
+        path = quote(self.path, safe=_UNQUOTED) if self.scheme == "pvc" else self.path
+        return f"{self.scheme}://{self.bucket}/{path}"
+
+    @property
+    def local_path(self) -> Path | None:
+        """Where it lies in this machine's file system; ``None`` for a bucket.
+
+        Raises:
+            StorageError: the PersistentVolumeClaim is not mounted here.
+        """
+        if self.scheme == "file":
+            return Path(self.path)
+        return self.claim_directory / self.path if self.scheme == "pvc" else None
+
+    @property
+    def claim_directory(self) -> Path:
+        """Where the claim of a ``pvc`` URI is mounted.
+
+        Raises:
+            StorageError: it is not.
+        """
+        root = Path(os.environ.get(CLAIMS_VARIABLE) or CLAIMS_DIRECTORY)
+        if not root.is_dir():
+            raise StorageError(_NO_CLUSTER)
+        if not (root / self.bucket).is_dir():
+            raise StorageError(
+                f"The PersistentVolumeClaim '{self.bucket}' is not mounted here; correct {self.uri}, "
+                f"or mount the claim at {root / self.bucket}."
+            )
+        return root / self.bucket
 
 
 def parse_uri(uri: str) -> ObjectLocator:
     """Take a URI apart. User info and query strings are refused without being repeated, for they may hold secrets."""
     scheme, separator, rest = uri.partition("://")
-    if not separator or scheme not in SCHEMES:
+    if not separator or scheme not in {*SCHEMES, "pvc"}:
         raise StorageError(_unknown_scheme(scheme if separator else ""))
     authority, slash, path = rest.partition("/")
     if "@" in authority:
@@ -47,7 +83,14 @@ def parse_uri(uri: str) -> ObjectLocator:
             "credentials and signatures belong in environment variables."
         )
     if not authority:
-        raise StorageError(f"'{uri}' names no bucket; write {scheme}://BUCKET/PATH.")
+        named, example = ("claim", "CLAIM") if scheme == "pvc" else ("bucket", "BUCKET")
+        raise StorageError(f"'{uri}' names no {named}; write {scheme}://{example}/PATH.")
+    if scheme == "pvc":
+        if not is_claim_name(authority):
+            raise StorageError(
+                f"'{authority}' in '{uri}' is no name of a PersistentVolumeClaim; write pvc://CLAIM/PATH."
+            )
+        path = unquote(path)
     if any(part in {".", ".."} for part in path.split("/")):
         raise StorageError(f"'{uri}' contains '.' or '..'; write the path out.")
     return ObjectLocator(scheme, authority, path)
@@ -61,9 +104,10 @@ def _parse_file(uri: str, authority: str, path: str) -> ObjectLocator:
     return ObjectLocator("file", "", os.path.normpath(path) + trailing)
 
 
+_NO_CLUSTER = "A pvc:// URI names a volume of the cluster; use file://, s3://, gs:// or az:// outside of one."
+
+
 def _unknown_scheme(scheme: str) -> str:
-    if scheme == "pvc":
-        return "A pvc:// URI names a volume of the cluster; use file://, s3://, gs:// or az:// outside of one."
     if scheme == "hf":
         return (
             "An hf:// URI can only name a base model to read; use file://, s3://, gs:// or az:// for data and output."

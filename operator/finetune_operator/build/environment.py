@@ -1,11 +1,12 @@
-"""The training container's variables. Values are plain words; whatever is secret is a reference that kubelet resolves."""
+"""The training container's variables: plain words, and references to Secrets that only kubelet resolves."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from finetune_api.credentials import VARIABLES, locations, variable_prefix
+from finetune_api.credentials import ENDPOINT_VARIABLES, VARIABLES, variable_prefix
 from finetune_api.quantities import quantity_value
+from finetune_api.spec_rules import locations
 from finetune_operator.build.inputs import Inputs
 from finetune_operator.build.volumes import CACHE_DIRECTORY, TEMPORARY_DIRECTORY
 
@@ -19,6 +20,7 @@ def build_environment(inputs: Inputs) -> list[dict[str, Any]]:
     for name, secret in _plain_secrets(inputs).items():
         reference = {"name": secret, "key": name, "optional": True}  # which keys a Secret has is its owner's choice
         entries[name] = {"valueFrom": {"secretKeyRef": reference}}
+    entries |= {name: {"value": ""} for name in _withheld(inputs)}
     for name, path in _FROM_POD.items():
         entries[name] = {"valueFrom": {"fieldRef": {"apiVersion": "v1", "fieldPath": path}}}
     entries |= {name: {"value": value} for name, value in inputs.settings.pod_defaults.environment.items()}
@@ -43,14 +45,24 @@ def _plain_secrets(inputs: Inputs) -> dict[str, str]:
 
     A Secret of a location with the same scheme comes before one with another.
     """
-    places = [(uri.partition("://")[0], block.credentials) for _, uri, block in locations(inputs.spec)]
+    blocks = sorted(locations(inputs.spec), key=lambda found: found[0] != "spec.output")
+    places = [(uri.partition("://")[0], block.credentials) for _, uri, block in blocks]
     named = [(scheme, credentials.secret_name) for scheme, credentials in places if credentials]
     chosen: dict[str, str] = {}
     for scheme in sorted({scheme for scheme, _ in places} & VARIABLES.keys()):
         secret = next((name for other, name in named if other == scheme), named[0][1] if named else None)
         if secret is not None:
             chosen |= dict.fromkeys(VARIABLES[scheme], secret)
+    if inputs.settings.uris.endpoints:
+        chosen = {name: secret for name, secret in chosen.items() if name not in ENDPOINT_VARIABLES}
     return chosen
+
+
+def _withheld(inputs: Inputs) -> list[str]:
+    """Variables set to nothing, which wins over ``envFrom``: where endpoints are listed, no Secret may name another."""
+    if not inputs.settings.uris.endpoints:
+        return []
+    return [variable_prefix(secret) + name for secret in secret_names(inputs) for name in ENDPOINT_VARIABLES]
 
 
 def _values(inputs: Inputs) -> dict[str, str]:

@@ -58,8 +58,8 @@ def _container(inputs: Inputs) -> dict[str, Any]:
             {"name": "rendezvous", "containerPort": RENDEZVOUS_PORT, "protocol": "TCP"},
             {"name": "metrics", "containerPort": METRICS_PORT, "protocol": "TCP"},
         ],
-        # Ready: the launcher answers and watches its ranks. There is no liveness probe on purpose: it would kill outside
-        # of the operator's budgets, with an exit code that cannot be told from running out of memory.
+        # Ready: the launcher answers and watches its ranks. There is no liveness probe on purpose: it would kill
+        # outside of the operator's budgets, with an exit code that cannot be told from running out of memory.
         "readinessProbe": {
             "httpGet": {"path": "/healthz", "port": "metrics"},
             "periodSeconds": 2,

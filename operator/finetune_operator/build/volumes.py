@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune_api.credentials import locations
+from finetune_api.spec_rules import locations
 from finetune_api.uris import CLAIMS_DIRECTORY, claim_of
 from finetune_operator.build.inputs import Inputs
 

@@ -81,14 +81,14 @@ def _segments_match(path: list[str], pattern: list[str]) -> bool:
 
 
 def _fetch(place: str, source: DataSource, cache: Path) -> list[SourceFile]:
-    if parse_uri(source.uri).scheme == "file":
-        return [_described(path, name) for path, name in _find_local(place, source.uri)]
-    return _fetch_objects(place, source, cache)
+    parent_uri, pattern = split_uri(source.uri)
+    parent = parse_uri(parent_uri).local_path
+    if parent is None:
+        return _fetch_objects(place, source, cache)
+    return [_described(path, name) for path, name in _find_local(place, source.uri, parent, pattern)]
 
 
-def _find_local(place: str, uri: str) -> list[tuple[Path, str]]:
-    parent_uri, pattern = split_uri(uri)
-    parent = Path(parse_uri(parent_uri).path)
+def _find_local(place: str, uri: str, parent: Path, pattern: str) -> list[tuple[Path, str]]:
     if not _WILDCARDS.search(pattern):
         whole = parent / pattern
         if whole.is_file():
@@ -105,7 +105,7 @@ def _find_local(place: str, uri: str) -> list[tuple[Path, str]]:
 
 def _fetch_objects(place: str, source: DataSource, cache: Path) -> list[SourceFile]:
     parent, pattern = split_uri(source.uri)
-    store = ObjectStore.open(parent, endpoint=source.endpoint, region=source.region, path_style=source.path_style)
+    store = ObjectStore.open_location(source, uri=parent)
     if not _WILDCARDS.search(pattern):
         if pattern and store.exists(pattern):
             _check_suffix(place, pattern)
