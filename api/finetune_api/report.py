@@ -59,6 +59,7 @@ class Heartbeat(SchemaModel):
     checkpoint_seconds: float | None = None
     checkpoint_bytes: int | None = None
     checkpoint_uri: str | None = None
+    resumed_from_step: int | None = None  # where this attempt's training began; None until it trains
     updated_at: float = 0.0  # unix seconds
 
 
@@ -75,6 +76,21 @@ class RankEnd(SchemaModel):
     traceback: str = ""
 
 
+class EndedAttempt(SchemaModel):
+    """One start of all ranks that is over, as one launcher remembers it; times are unix seconds."""
+
+    gang: str  # names the attempt: the same word on every launcher that took part
+    number: int  # of this launcher, from 1
+    started_at: float = 0.0
+    ended_at: float = 0.0
+    exit_class: ExitClass
+    guilty_rank: int | None = None
+    guilty_node: int | None = None  # node rank
+    resumed_from_step: int | None = None
+    last_step: int | None = None
+    message: str = ""
+
+
 class Progress(SchemaModel):
     """One launcher's ``/progress``: where its node is, and the latest word of each of its ranks."""
 
@@ -88,6 +104,9 @@ class Progress(SchemaModel):
     total: float | None = None
     attempt: int = 0  # 1: the first start of the ranks; 0: not started yet
     restarts: int = 0
+    gang: str = ""  # of the running attempt; empty between attempts
+    attempt_started_at: float = 0.0  # unix seconds, of the running attempt
+    ended: tuple[EndedAttempt, ...] = ()  # the last few, oldest first
     stopping: bool = False  # SIGTERM was received: ranks are writing a checkpoint
     ranks: tuple[Heartbeat, ...] = ()
     plan: Plan | None = None  # completed as soon as data and model are known
@@ -113,6 +132,8 @@ class Termination(SchemaModel):
     artifact_files: int | None = None
     artifact_bytes: int | None = None
     metrics: dict[str, float] = {}  # trainLoss, validationLoss, baseValidationLoss, tokensPerSecond
+    gang: str = ""  # of the attempt that this end belongs to; empty: none was running
+    ended: tuple[EndedAttempt, ...] = ()  # the last few attempts, this one included, oldest first
     plan: Plan | None = None  # completed; dropped first when the message would exceed 4 KiB
 
 

@@ -47,6 +47,7 @@ class StatusPlan(SchemaModel):
 
 
 class StatusProgress(SchemaModel):
+    phase: Word | None = None  # of the slowest node
     step: Count = 0
     total_steps: Count | None = None
     epoch: Decimal | None = None
@@ -62,11 +63,23 @@ class StatusAttempt(SchemaModel):
     number: Count
     started_at: Time | None = None
     ended_at: Time | None = None
-    cause: Word | None = None
+    cause: Word | None = None  # an exit class of the trainer, or what happened to a pod; absent while it runs
     exit_code: Annotated[int, Field(ge=-255, le=255)] | None = None
     resumed_from_step: Count | None = None
     last_step: Count | None = None
+    lost_steps: Count | None = None  # done by this attempt and done again by the next
+    pod: Name | None = None  # where it ended
+    node: Name | None = None
     message: Sentence | None = None
+    gang: Word | None = None  # how the launchers name this attempt
+    pods: Annotated[tuple[Annotated[str, Field(max_length=8)], ...], Field(max_length=4096)] = ()  # short uids
+
+
+class StatusRestarts(SchemaModel):
+    """How many attempts ended by one cause, also those that the ledger no longer lists."""
+
+    cause: Word
+    count: Count
 
 
 class StatusCheckpoint(SchemaModel):
@@ -107,6 +120,7 @@ class FineTuneJobStatus(SchemaModel):
     progress: StatusProgress | None = None
     attempts: Annotated[tuple[StatusAttempt, ...], Field(max_length=20)] = ()
     total_attempts: Count | None = None
+    restarts: Annotated[tuple[StatusRestarts, ...], Field(max_length=64)] = ()
     checkpoint: StatusCheckpoint | None = None
     artifacts: StatusArtifacts | None = None
     metrics: StatusMetrics | None = None

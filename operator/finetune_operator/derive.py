@@ -1,0 +1,186 @@
+"""The judgement: Observed -> Verdict. Pure and level-triggered; ``observed.now`` is the only clock.
+
+situation (what is known) -> checks (where the job stands) -> conditions -> story (what changed) -> commands
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from finetune_api.errors import Problem
+from finetune_api.plan import Plan
+from finetune_api.status import FineTuneJobStatus, StatusPlan, StatusProgress
+from finetune_operator.checks import Judgement, judge
+from finetune_operator.conditions import Say, merge
+from finetune_operator.ends import is_lost
+from finetune_operator.ledger import restart_rows
+from finetune_operator.observe import JobView, Object, Observed, parse_time
+from finetune_operator.progress_view import status_plan
+from finetune_operator.sentences import cut, time_text
+from finetune_operator.settings import OperatorSettings
+from finetune_operator.situation import Situation, condition, is_due, is_true, run_policy, situation, status_before
+from finetune_operator.story import PATIENCE_SECONDS, Change, story
+from finetune_operator.verdict import Command, DeletePod, DeleteResource, Event, EventType, Verdict
+
+_PROGRESS_INTERVAL_SECONDS = 10
+
+
+def derive(observed: Observed, plan: Plan, settings: OperatorSettings) -> Verdict:
+    """What to say about the job and what to do. The same Observed gives the same Verdict.
+
+    Whoever carries it out: StopJob first, then the status, then the rest. A crash in between is harmless: the evidence
+    for StopJob outlives it, and a lost pod is entered into the ledger before it is deleted.
+    """
+    before = status_before(observed.resource)
+    if _is_over(before):
+        return _afterlife(observed, before)
+    at = situation(observed, plan, settings)
+    judgement = judge(at)
+    after = _status(at, judgement)
+    events = story(Change(before, after, observed, plan))
+    commands = judgement.commands + _lost_pods(at)
+    if judgement.ended:
+        life = seconds_to_live({**observed.resource, "status": dump(after)}, observed.now)
+        return Verdict(after, events, commands, None if life is None else max(0.0, life))
+    return Verdict(after, events, commands, judgement.look_again_seconds)
+
+
+def derive_invalid(observed: Observed, problems: Sequence[Problem]) -> Verdict:
+    """Every problem, and nothing more until the spec changes."""
+    before = status_before(observed.resource)
+    told = "\n".join(cut(str(problem)) for problem in problems)[:4096]
+    more = f" (and {len(problems) - 1} more: see condition Accepted)" if len(problems) > 1 else ""
+    message = cut(str(problems[0]), 900) + more
+    said = {
+        "Accepted": Say(False, "InvalidSpec", told),
+        "PodsReady": Say(False, "InvalidSpec"),
+        "Running": Say(False, "InvalidSpec"),
+        "Reconciling": Say(False, "InvalidSpec"),
+        "Stalled": Say(True, "InvalidSpec", message),
+    }
+    after = before.model_copy(
+        update={
+            "observed_generation": observed.generation,
+            "state": "Invalid",
+            "message": message,
+            "conditions": merge(before.conditions, said, observed.generation, time_text(observed.now)),
+        }
+    )
+    known = condition(before, "Accepted")
+    new = known is None or known.status != "False" or known.message != (condition(after, "Accepted") or known).message
+    return Verdict(after, (Event("Invalid", message, EventType.WARNING),) if new else ())
+
+
+def is_settled(resource: Object) -> bool:
+    """Whether nothing is left to do but to wait for the end of its time to live."""
+    status = status_before(resource)
+    generation = resource["metadata"].get("generation", 1)
+    over = _is_over(status) or status.state == "Invalid"
+    return over and status.observed_generation == generation
+
+
+def wants_pods(
+    resource: Object, job: JobView | None, now: datetime, interval_seconds: float = _PROGRESS_INTERVAL_SECONDS
+) -> bool:
+    """Whether this look needs the list of pods: not while everything goes its usual way."""
+    if job is None:
+        return False
+    before = status_before(resource)
+    if job.failed or job.terminating or job.complete or job.failure or job.suspended:
+        return True
+    if run_policy(resource).get("suspend") or before.state in {"Suspending", "Suspended", "Restarting"}:
+        return True
+    if not is_true(before, "Running"):
+        return job.ready < job.nodes and (now - job.created).total_seconds() >= PATIENCE_SECONDS
+    return job.ready + job.succeeded < job.nodes or is_due(before, now, interval_seconds)
+
+
+def seconds_to_live(resource: Object, now: datetime) -> float | None:
+    """Until ``runPolicy.ttlSecondsAfterFinished`` is over, counted from the end of the job; ``None``: for ever."""
+    ttl = run_policy(resource).get("ttlSecondsAfterFinished")
+    status = status_before(resource)
+    ended = next((c for c in status.conditions if c.type in {"Complete", "Failed"} and c.status == "True"), None)
+    finished = parse_time(ended.last_transition_time) if ended else None
+    if ttl is None or finished is None:
+        return None
+    return float(ttl) - (now - finished).total_seconds()
+
+
+def dump(status: FineTuneJobStatus) -> dict[str, Any]:
+    """The status as it is written."""
+    return status.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+# ---- parts --------------------------------------------------------------------------------------------------------
+
+
+def _is_over(status: FineTuneJobStatus) -> bool:
+    return is_true(status, "Complete") or is_true(status, "Failed")
+
+
+def _afterlife(observed: Observed, before: FineTuneJobStatus) -> Verdict:
+    """Nothing changes any more; a new generation is acknowledged."""
+    after = before.model_copy(update={"observed_generation": observed.generation})
+    life = seconds_to_live(observed.resource, observed.now)
+    if life is None:
+        return Verdict(after)
+    return Verdict(after, commands=(DeleteResource(),)) if life <= 0 else Verdict(after, look_again_seconds=life)
+
+
+def _status(at: Situation, judgement: Judgement) -> FineTuneJobStatus:
+    before, now = at.before, time_text(at.now)
+    accepted = {"Accepted": Say(True, "Accepted", "the spec is valid"), "Stalled": Say(False, "Accepted")}
+    fresh = _is_fresh(at, judgement)
+    return FineTuneJobStatus(
+        observed_generation=at.observed.generation,
+        state=judgement.state,
+        message=judgement.message if fresh else before.message,
+        plan=_plan(at),
+        progress=_progress(at, judgement) if fresh else before.progress,
+        attempts=at.ledger.attempts,
+        total_attempts=at.ledger.total or None,
+        restarts=restart_rows(at.ledger.restarts),
+        checkpoint=at.checkpoint() if fresh else before.checkpoint,
+        artifacts=judgement.artifacts or before.artifacts,
+        metrics=judgement.metrics or before.metrics,
+        conditions=merge(before.conditions, {**accepted, **judgement.conditions}, at.observed.generation, now),
+    )
+
+
+def _is_fresh(at: Situation, judgement: Judgement) -> bool:
+    """Whether steps and losses may be written: at most once per interval while the state stays the same."""
+    if judgement.state != at.before.state or judgement.state not in {"Running", "Publishing"}:
+        return True
+    return at.view is not None and at.progress_due
+
+
+def _progress(at: Situation, judgement: Judgement) -> StatusProgress | None:
+    known = at.view.progress if at.view is not None else at.before.progress
+    if known is None or not judgement.ended:
+        return known
+    said = [pod.termination.step for pod in at.newest if pod.termination and pod.termination.step is not None]
+    update: dict[str, Any] = {"eta_seconds": None, "phase": judgement.state, "step": max([known.step, *said])}
+    return known.model_copy(update=update)
+
+
+def _plan(at: Situation) -> StatusPlan:
+    """The plan as completed by a launcher, once one has; never less than what was known."""
+    said = [pod.termination.plan for pod in at.observed.pods or () if pod.termination and pod.termination.plan]
+    completed = at.view.plan if at.view is not None and at.view.plan is not None else next(iter(said), None)
+    if completed is not None:
+        return status_plan(completed)
+    planned, known = status_plan(at.plan), at.before.plan
+    if known is None or known.total_steps is None:
+        return planned
+    return known if known.world_size == planned.world_size else planned
+
+
+def _lost_pods(at: Situation) -> tuple[Command, ...]:
+    """Pods whose node will not confirm their end; the Job replaces a pod only when the old one is gone.
+
+    Survivors of a lost pod are left alone: their launchers meet the replacement by themselves, give up after the
+    rendezvous timeout, and are killed by the liveness probe if they hang. Deleting them would lose their caches.
+    """
+    return tuple(DeletePod(pod.name, pod.uid, force=True) for pod in at.observed.pods or () if is_lost(pod, at.now))

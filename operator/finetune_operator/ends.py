@@ -1,0 +1,211 @@
+"""How attempts ended: facts from pods, from launchers, and from what is missing. Pure; the ledger folds them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+
+from finetune_api.exits import ExitClass
+from finetune_api.report import EndedAttempt
+from finetune_operator.failures import PodCause, is_user_error
+from finetune_operator.observe import Observed, PodView
+from finetune_operator.sentences import as_sentence, unix_time
+
+_DISRUPTIONS = {
+    "PreemptionByScheduler": PodCause.PREEMPTED,
+    "DeletionByTaintManager": PodCause.NODE_LOST,
+    "DeletionByPodGC": PodCause.NODE_LOST,
+    "EvictionByEvictionAPI": PodCause.DRAINED,
+    "TerminationByKubelet": PodCause.EVICTED,
+}
+_REASONS = {  # of a pod's status
+    "Evicted": PodCause.EVICTED,
+    "NodeLost": PodCause.NODE_LOST,
+    "Preempting": PodCause.PREEMPTED,
+    "NodeShutdown": PodCause.DRAINED,
+    "Terminated": PodCause.DRAINED,
+    "UnexpectedAdmissionError": PodCause.EVICTED,
+    "OutOfcpu": PodCause.EVICTED,
+    "OutOfmemory": PodCause.EVICTED,
+    "OutOfpods": PodCause.EVICTED,
+}
+FORCE_AFTER_SECONDS = 10  # past the end of the grace period: the node will not confirm any more
+
+
+@dataclass(frozen=True)
+class End:
+    """One end that somebody saw. Several may belong to one attempt."""
+
+    cause: str
+    ended_at: datetime
+    message: str
+    gang: str = ""
+    started_at: datetime | None = None  # of the attempt
+    uid: str = ""  # short uid of the pod that ended; empty for ranks restarted in place
+    created: datetime | None = None  # of the pod
+    pod: str = ""
+    node: str = ""
+    exit_code: int | None = None
+    resumed_from_step: int | None = None
+    last_step: int | None = None
+
+
+def short_uid(uid: str) -> str:
+    """Enough of a uid to tell the pods of one job apart."""
+    return uid[:8]
+
+
+def stopping(observed: Observed) -> bool:
+    """Whether the pods are asked to go away, by the owner or by a queue."""
+    return _suspend_asked(observed) or (observed.job is not None and observed.job.suspended)
+
+
+def _suspend_asked(observed: Observed) -> bool:
+    return bool(observed.resource.get("spec", {}).get("runPolicy", {}).get("suspend"))
+
+
+def is_lost(pod: PodView, now: datetime) -> bool:
+    """Whether a pod's node will not confirm its end: the grace period is long over."""
+    return pod.deleted is not None and not pod.ended and (now - pod.deleted).total_seconds() > FORCE_AFTER_SECONDS
+
+
+def ends(observed: Observed) -> list[End]:
+    """Every end that pods and launchers tell of, oldest first. Nothing may be concluded from pods not looked at."""
+    pods = observed.pods or ()
+    by_index = {pod.index: pod for pod in sorted(pods, key=lambda pod: pod.created)}
+    found = [end for pod in pods if (end := _pod_end(pod, observed)) is not None]
+    said = [ended for page in observed.progress for ended in page.ended]
+    said += [ended for pod in pods if pod.termination for ended in pod.termination.ended]
+    found += [_in_place(ended, by_index) for ended in said]
+    return sorted(found, key=lambda end: (end.ended_at, end.uid, end.gang))
+
+
+def gone(observed: Observed, uids: frozenset[str]) -> Iterator[End]:
+    """Pods of ``uids`` that are no longer there."""
+    if observed.pods is None or observed.job is None:
+        return
+    present = {short_uid(pod.uid) for pod in observed.pods}
+    for uid in sorted(uids - present):
+        cause, message = _deletion(observed)
+        yield End(cause, observed.now, message, uid=uid)
+
+
+def _deletion(observed: Observed) -> tuple[PodCause, str]:
+    if observed.job is not None and observed.job.failure and observed.job.failure[0] == "DeadlineExceeded":
+        return PodCause.DEADLINE_EXCEEDED, "stopped because runPolicy.activeDeadlineSeconds is over"
+    if stopping(observed):
+        return PodCause.SUSPENDED, "stopped because the job is suspended"
+    return PodCause.POD_DELETED, "a pod was deleted"
+
+
+def _in_place(ended: EndedAttempt, by_index: dict[int, PodView]) -> End:
+    pod = by_index.get(ended.guilty_node) if ended.guilty_node is not None else None
+    return End(
+        cause=ended.exit_class.value,
+        ended_at=unix_time(ended.ended_at) or datetime.fromtimestamp(0).astimezone(),
+        message=as_sentence(ended.message),
+        gang=ended.gang,
+        started_at=unix_time(ended.started_at),
+        pod=pod.name if pod else "",
+        node=pod.node if pod else "",
+        exit_code=ended.exit_class.code,
+        resumed_from_step=ended.resumed_from_step,
+        last_step=ended.last_step,
+    )
+
+
+def _pod_end(pod: PodView, observed: Observed) -> End | None:
+    lost = is_lost(pod, observed.now)
+    if pod.phase != "Failed" and not lost:
+        return None
+    cause, message = _lost(pod) if lost else _cause(pod, observed)
+    said = pod.termination
+    return End(
+        cause=cause,
+        ended_at=pod.finished or pod.deleted or observed.now,
+        message=message,
+        gang=said.gang if said else "",
+        uid=short_uid(pod.uid),
+        created=pod.created,
+        pod=pod.name,
+        node=pod.node,
+        exit_code=pod.exit_code,
+        last_step=said.step if said else None,
+    )
+
+
+def _lost(pod: PodView) -> tuple[str, str]:
+    where = f"node {pod.node}" if pod.node else "its node"
+    return PodCause.NODE_LOST, f"pod {pod.name} was lost with {where}, which no longer answers"
+
+
+def _cause(pod: PodView, observed: Observed) -> tuple[str, str]:
+    """The first that fits: the trainer's word if it is about the input, the cluster's, the owner's, the exit code."""
+    said = pod.termination
+    if said and is_user_error(said.exit_class.value):
+        return said.exit_class.value, with_hint(said.message, said.hint)
+    if pod.killed_for_memory:
+        return _out_of_memory(pod, observed)
+    interrupted = said is None or said.exit_class == ExitClass.INTERRUPTED
+    if pod.disruption[0] and interrupted:
+        cause = _DISRUPTIONS.get(pod.disruption[0], PodCause.EVICTED)
+        return (
+            cause,
+            f"pod {pod.name} was {_done_to(cause, pod)}: {as_sentence(pod.disruption[1] or pod.disruption[0])}",
+        )
+    if pod.reason in _REASONS and interrupted:
+        cause = _REASONS[pod.reason]
+        return cause, f"pod {pod.name} was {_done_to(cause, pod)}: {as_sentence(pod.message or pod.reason)}"
+    if interrupted and (pod.deleted is not None or stopping(observed)):
+        cause, message = _deletion(observed)
+        return cause, f"pod {pod.name} was deleted" if cause == PodCause.POD_DELETED else message
+    if said:
+        return said.exit_class.value, with_hint(said.message, said.hint)
+    return _by_code(pod)
+
+
+def _out_of_memory(pod: PodView, observed: Observed) -> tuple[str, str]:
+    """With a limit the container outgrew it; without one the node ran short, and a neighbour may be to blame."""
+    limit = observed.resource.get("spec", {}).get("resources", {}).get("limits", {}).get("memory")
+    if limit:
+        return (
+            ExitClass.OUT_OF_MEMORY.value,
+            f"pod {pod.name} was killed because it needed more host memory than spec.resources.limits.memory ({limit});"
+            " raise it, or lower training.microBatchSize or dataset.maxSequenceLength",
+        )
+    return (
+        PodCause.NODE_OUT_OF_MEMORY,
+        f"pod {pod.name} was killed because node {pod.node or 'it ran on'} ran out of memory;"
+        " set spec.resources.requests.memory so that enough is kept for it",
+    )
+
+
+def _by_code(pod: PodView) -> tuple[str, str]:
+    code = pod.exit_code
+    if code is None:
+        return PodCause.UNKNOWN, f"pod {pod.name} failed without an exit code{_because(pod)}"
+    exit_class = ExitClass.from_code(code)
+    if exit_class == ExitClass.RANK_KILLED and code > 128:
+        return exit_class.value, f"the launcher in pod {pod.name} was killed by signal {code - 128}"
+    return exit_class.value, f"pod {pod.name} exited with code {code} without a last word{_because(pod)}"
+
+
+def _because(pod: PodView) -> str:
+    text = pod.message or pod.reason
+    return f" ({as_sentence(text)})" if text else ""
+
+
+def _done_to(cause: PodCause, pod: PodView) -> str:
+    words = {
+        PodCause.PREEMPTED: "preempted",
+        PodCause.NODE_LOST: f"lost with node {pod.node}",
+        PodCause.DRAINED: "evicted by a drain",
+    }
+    return words.get(cause, "evicted")
+
+
+def with_hint(message: str, hint: str) -> str:
+    """The launcher's sentence and what it advises."""
+    said = as_sentence(message)
+    return f"{said} ({as_sentence(hint)})" if hint else said

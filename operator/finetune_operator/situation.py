@@ -1,0 +1,150 @@
+"""Everything the checks ask about, worked out once from an Observed. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from pydantic import ValidationError
+
+from finetune_api.plan import Plan
+from finetune_api.status import Condition, FineTuneJobStatus, StatusAttempt, StatusCheckpoint
+from finetune_operator.ends import stopping
+from finetune_operator.ledger import Ledger, fold
+from finetune_operator.observe import JobView, Object, Observed, PodView, parse_time
+from finetune_operator.progress_view import ProgressView, progress_view
+from finetune_operator.sentences import cut
+from finetune_operator.settings import OperatorSettings
+
+DEFAULT_MAX_RESTARTS = 3
+
+
+@dataclass(frozen=True)
+class Situation:
+    """One job at one moment."""
+
+    observed: Observed
+    plan: Plan
+    settings: OperatorSettings
+    before: FineTuneJobStatus
+    newest: tuple[PodView, ...]  # the newest pod of every index; empty if pods were not looked at
+    ledger: Ledger
+    view: ProgressView | None
+
+    @property
+    def job(self) -> JobView | None:
+        return self.observed.job
+
+    @property
+    def now(self) -> datetime:
+        return self.observed.now
+
+    @property
+    def nodes(self) -> int:
+        return self.plan.nodes
+
+    @property
+    def stopping(self) -> bool:
+        """Whether its pods are asked to go away."""
+        return stopping(self.observed)
+
+    @property
+    def max_restarts(self) -> int:
+        return int(run_policy(self.observed.resource).get("maxRestarts", DEFAULT_MAX_RESTARTS))
+
+    @property
+    def living(self) -> tuple[PodView, ...]:
+        """Pods that have not ended, also those that are asked to."""
+        return tuple(pod for pod in self.observed.pods or () if not pod.ended)
+
+    @property
+    def progress_due(self) -> bool:
+        """Whether a new page of progress may be written."""
+        return is_due(self.before, self.now, self.settings.progress.interval_seconds)
+
+    def checkpoint(self) -> StatusCheckpoint | None:
+        """The newest checkpoint that anybody has named so far."""
+        known = [self.before.checkpoint, self.view.checkpoint if self.view else None]
+        for pod in self.observed.pods or ():
+            said = pod.termination
+            if said and said.checkpoint_step is not None and said.checkpoint_uri:
+                known.append(StatusCheckpoint(step=said.checkpoint_step, uri=cut(said.checkpoint_uri, 2048)))
+        named = [checkpoint for checkpoint in known if checkpoint is not None]
+        return max(named, key=lambda checkpoint: checkpoint.step, default=None)
+
+    def last_ended(self) -> StatusAttempt | None:
+        """The last attempt, if it is over."""
+        last = self.ledger.last
+        return last if last is not None and last.ended_at is not None else None
+
+
+def situation(observed: Observed, plan: Plan, settings: OperatorSettings) -> Situation:
+    """Put together what the checks ask about."""
+    before = status_before(observed.resource)
+    newest = newest_pods(observed.pods or ())
+    pages = sorted(observed.progress, key=lambda page: page.node_rank)
+    return Situation(
+        observed=observed,
+        plan=plan,
+        settings=settings,
+        before=before,
+        newest=newest,
+        ledger=fold(before, observed, newest),
+        view=progress_view(pages, plan.nodes, observed.now),
+    )
+
+
+def newest_pods(pods: tuple[PodView, ...]) -> tuple[PodView, ...]:
+    """Of every index the pod that counts, by index."""
+    newest: dict[int, PodView] = {}
+    for pod in sorted(pods, key=lambda pod: (pod.created, pod.uid)):
+        newest[pod.index] = pod
+    return tuple(newest[index] for index in sorted(newest))
+
+
+def status_before(resource: Object) -> FineTuneJobStatus:
+    """The status that stands in the resource; what another version wrote and this one cannot read is left out."""
+    raw: Mapping[str, Any] = resource.get("status") or {}
+    try:
+        return FineTuneJobStatus.model_validate(raw)
+    except ValidationError:
+        readable: dict[str, Any] = {}
+        for name, value in raw.items():
+            if isinstance(value, list):
+                value = [entry for entry in value if _reads({name: [entry]})]
+            if _reads({name: value}):
+                readable[name] = value
+        return FineTuneJobStatus.model_validate(readable)
+
+
+def _reads(part: Mapping[str, Any]) -> bool:
+    try:
+        FineTuneJobStatus.model_validate(part)
+    except ValidationError:
+        return False
+    return True
+
+
+def run_policy(resource: Object) -> Mapping[str, Any]:
+    """``spec.runPolicy`` as it stands."""
+    policy: Mapping[str, Any] = resource.get("spec", {}).get("runPolicy") or {}
+    return policy
+
+
+def condition(status: FineTuneJobStatus, kind: str) -> Condition | None:
+    """One condition of a status."""
+    return next((found for found in status.conditions if found.type == kind), None)
+
+
+def is_true(status: FineTuneJobStatus, kind: str) -> bool:
+    """Whether a condition holds."""
+    found = condition(status, kind)
+    return found is not None and found.status == "True"
+
+
+def is_due(before: FineTuneJobStatus, now: datetime, interval_seconds: float) -> bool:
+    """Whether the last page of progress is old enough."""
+    updated = parse_time(before.progress.updated_at) if before.progress else None
+    return updated is None or (now - updated).total_seconds() >= interval_seconds
