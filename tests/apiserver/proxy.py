@@ -1,0 +1,306 @@
+"""A reverse proxy between the operator and the API server: it counts, it kills, and it tells lies that networks tell.
+
+Watches stream through. Everything else is forwarded whole, so that a fault can strike before or after the API server
+has done what was asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import aiohttp
+from aiohttp import web
+
+if TYPE_CHECKING:
+    from tests.apiserver.server import RunningServer
+
+WRITES = frozenset({"POST", "PUT", "PATCH", "DELETE"})
+_HOP_BY_HOP = frozenset({"connection", "keep-alive", "transfer-encoding", "host", "content-length", "upgrade"})
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One request. ``code`` is what the API server said (0: it was not asked); ``fault`` what was done instead."""
+
+    at: float  # time.monotonic()
+    method: str
+    path: str
+    query: str
+    code: int
+    fault: str = ""
+    number: int = 0  # of the write, from 1; 0: not counted
+
+    @property
+    def is_write(self) -> bool:
+        return self.method in WRITES
+
+    @property
+    def is_watch(self) -> bool:
+        return "watch=true" in self.query.lower() or "watch=1" in self.query
+
+    @property
+    def resource(self) -> str:
+        """``jobs``, ``finetunejobs/status``, ... of the path."""
+        parts = self.path.strip("/").split("/")
+        parts = parts[2 if parts[0] == "api" else 3 :]
+        if parts[:1] == ["namespaces"] and len(parts) > 2:
+            parts = parts[2:]
+        return parts[0] + (f"/{parts[2]}" if len(parts) > 2 else "") if parts else ""
+
+
+@dataclass
+class Fault:
+    """What happens to the requests that ``strikes`` picks, ``times`` times at most."""
+
+    name: str
+    strikes: Callable[[Seen], bool]
+    code: int = 0  # answer with this instead of forwarding
+    headers: dict[str, str] = field(default_factory=dict)
+    drop: str = ""  # "before": the API server never hears of it; "after": it has done it, nobody is told
+    hang_seconds: float = 0.0  # before anything else
+    gone: bool = False  # a watch gets one ERROR event, 410
+    times: int = 1
+
+
+def too_many_requests(strikes: Callable[[Seen], bool], *, retry_after: int = 1, times: int = 1) -> Fault:
+    return Fault("429", strikes, code=429, headers={"Retry-After": str(retry_after)}, times=times)
+
+
+def internal_error(strikes: Callable[[Seen], bool], *, times: int = 1) -> Fault:
+    return Fault("500", strikes, code=500, times=times)
+
+
+def gateway_timeout(strikes: Callable[[Seen], bool], *, after: bool = False, times: int = 1) -> Fault:
+    """504 before the API server has heard of it, or ``after`` it has done it."""
+    return Fault("504 after" if after else "504", strikes, code=504, drop="after" if after else "", times=times)
+
+
+def dropped(strikes: Callable[[Seen], bool], *, after: bool = False, times: int = 1) -> Fault:
+    """The connection breaks, before the API server has heard of it or ``after`` it has done it."""
+    return Fault("drop after" if after else "drop", strikes, drop="after" if after else "before", times=times)
+
+
+def gone(strikes: Callable[[Seen], bool], *, times: int = 1) -> Fault:
+    """410 in a watch: the resourceVersion is too old."""
+    return Fault("410", strikes, gone=True, times=times)
+
+
+class Proxy:
+    """Serves plain HTTP on loopback; the callers' own tokens are passed on."""
+
+    def __init__(self, server: RunningServer) -> None:
+        self._server = server
+        self._lock = threading.Lock()
+        self._seen: list[Seen] = []
+        self._faults: list[Fault] = []
+        self._writes = 0
+        self._kill: tuple[int, str, Callable[[], None]] | None = None
+        self._loop = asyncio.new_event_loop()
+        self._started = threading.Event()
+        self._stop = asyncio.Event()
+        self._watches: set[asyncio.Task[object]] = set()
+        self._thread = threading.Thread(target=lambda: self._loop.run_until_complete(self._serve()), daemon=True)
+        self.port = 0
+
+    def __enter__(self) -> Proxy:
+        self._thread.start()
+        assert self._started.wait(10)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(10)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    # ---- what happened
+
+    @property
+    def seen(self) -> list[Seen]:
+        with self._lock:
+            return list(self._seen)
+
+    @property
+    def writes(self) -> list[Seen]:
+        """Counted writes in their order. Leases are renewed by the clock and not counted."""
+        return [one for one in self.seen if one.number]
+
+    # ---- what shall happen
+
+    def inject(self, fault: Fault) -> None:
+        with self._lock:
+            self._faults.append(fault)
+
+    def kill_at_write(self, number: int, kill: Callable[[], None], *, when: str = "answered") -> None:
+        """Call ``kill`` once, when write ``number`` (from now) was ``answered``, or was ``done`` but not answered."""
+        with self._lock:
+            self._kill = (self._writes + number, when, kill)
+
+    def break_watches(self) -> None:
+        """Cut every open watch."""
+
+        def cut() -> None:
+            for task in tuple(self._watches):
+                task.cancel()
+
+        self._loop.call_soon_threadsafe(cut)
+
+    # ---- the server
+
+    async def _serve(self) -> None:
+        context = ssl.create_default_context(cafile=str(self._server.ca_file))
+        connector = aiohttp.TCPConnector(ssl=context, limit=0)
+        timeout = aiohttp.ClientTimeout(total=None)
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=False) as session:
+            self._session = session
+            application = web.Application(client_max_size=16 * 1024 * 1024)
+            application.router.add_route("*", "/{path:.*}", self._handle)
+            runner = web.AppRunner(application, access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
+            await runner.setup()
+            site = web.TCPSite(runner, "127.0.0.1", 0)
+            await site.start()
+            self.port = runner.addresses[0][1]
+            self._started.set()
+            await self._stop.wait()
+            await runner.cleanup()
+
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        seen = self._begin(request)
+        fault = self._fault_for(seen)
+        if fault is not None and fault.hang_seconds:
+            await asyncio.sleep(fault.hang_seconds)
+        if fault is not None and fault.drop == "before":
+            return self._cut(request, seen, 0, fault)
+        if fault is not None and fault.gone:
+            self._note(seen, 0, fault)
+            return await _gone(request)
+        if fault is not None and fault.code and fault.drop != "after":
+            self._note(seen, 0, fault)
+            return _status(fault)
+        headers = {name: value for name, value in request.headers.items() if name.lower() not in _HOP_BY_HOP}
+        url = self._server.url + request.raw_path
+        body = await request.read()
+        async with self._session.request(request.method, _raw(url), headers=headers, data=body or None) as upstream:
+            if seen.is_watch:
+                self._note(seen, upstream.status, None)
+                return await self._stream(request, upstream)
+            answer = await upstream.read()
+        self._note(seen, upstream.status, fault)
+        if fault is not None and fault.drop == "after":
+            return _status(fault) if fault.code else self._cut(request, None, 0, fault)
+        return await self._answer(request, seen, upstream, answer)
+
+    async def _answer(
+        self, request: web.Request, seen: Seen, upstream: aiohttp.ClientResponse, body: bytes
+    ) -> web.StreamResponse:
+        kill = self._take_kill(seen)
+        if kill is not None and kill[0] == "done":
+            kill[1]()
+        headers = {name: value for name, value in upstream.headers.items() if name.lower() not in _HOP_BY_HOP}
+        response = web.Response(status=upstream.status, headers=headers, body=body)
+        if kill is not None and kill[0] == "answered":
+            await response.prepare(request)
+            await response.write_eof()
+            kill[1]()
+        return response
+
+    async def _stream(self, request: web.Request, upstream: aiohttp.ClientResponse) -> web.StreamResponse:
+        headers = {name: value for name, value in upstream.headers.items() if name.lower() not in _HOP_BY_HOP}
+        response = web.StreamResponse(status=upstream.status, headers=headers)
+        await response.prepare(request)
+        task = asyncio.current_task()
+        assert task is not None
+        self._watches.add(task)
+        try:
+            async for chunk in upstream.content.iter_any():
+                await response.write(chunk)
+        except (asyncio.CancelledError, ConnectionError, aiohttp.ClientError):
+            if request.transport is not None:
+                request.transport.abort()
+        finally:
+            self._watches.discard(task)
+        return response
+
+    def _cut(self, request: web.Request, seen: Seen | None, code: int, fault: Fault) -> web.StreamResponse:
+        if seen is not None:
+            self._note(seen, code, fault)
+        if request.transport is not None:
+            request.transport.abort()
+        return web.Response(status=502)
+
+    # ---- the books
+
+    def _begin(self, request: web.Request) -> Seen:
+        seen = Seen(time.monotonic(), request.method, request.path, request.query_string, 0)
+        if seen.is_write and seen.resource != "leases":
+            with self._lock:
+                self._writes += 1
+                seen = Seen(seen.at, seen.method, seen.path, seen.query, 0, number=self._writes)
+        return seen
+
+    def _note(self, seen: Seen, code: int, fault: Fault | None) -> None:
+        name = fault.name if fault else ""
+        with self._lock:
+            self._seen.append(Seen(seen.at, seen.method, seen.path, seen.query, code, name, seen.number))
+
+    def _fault_for(self, seen: Seen) -> Fault | None:
+        with self._lock:
+            for fault in self._faults:
+                if fault.times > 0 and fault.strikes(seen):
+                    fault.times -= 1
+                    return fault
+        return None
+
+    def _take_kill(self, seen: Seen) -> tuple[str, Callable[[], None]] | None:
+        with self._lock:
+            if self._kill is None or seen.number != self._kill[0]:
+                return None
+            _, when, kill = self._kill
+            self._kill = None
+            return when, kill
+
+
+def _raw(url: str) -> object:
+    from yarl import URL
+
+    return URL(url, encoded=True)
+
+
+def _status(fault: Fault) -> web.Response:
+    body = {
+        "apiVersion": "v1",
+        "kind": "Status",
+        "status": "Failure",
+        "message": f"injected by the test: {fault.name}",
+        "reason": {429: "TooManyRequests", 500: "InternalError", 504: "Timeout"}.get(fault.code, ""),
+        "code": fault.code,
+    }
+    return web.json_response(body, status=fault.code, headers=fault.headers)
+
+
+async def _gone(request: web.Request) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"Content-Type": "application/json"})
+    await response.prepare(request)
+    status = {
+        "apiVersion": "v1",
+        "kind": "Status",
+        "status": "Failure",
+        "message": "too old resource version",
+        "reason": "Expired",
+        "code": 410,
+    }
+    await response.write(json.dumps({"type": "ERROR", "object": status}).encode() + b"\n")
+    await response.write_eof()
+    return response
