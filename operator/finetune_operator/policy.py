@@ -1,0 +1,190 @@
+"""What a valid job may not do here: the administrator's rules, and what the API server would refuse of its children.
+
+Pure: an ordered tuple of small questions. Every problem is found at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from finetune_api.credentials import ENDPOINT_VARIABLES, VARIABLES
+from finetune_api.errors import Problem
+from finetune_api.quantities import format_bytes
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec_rules import locations
+from finetune_api.uris import claim_of, is_claim_name, without_secrets
+from finetune_operator.build.labels import copied_from
+from finetune_operator.settings import OperatorSettings
+
+MOST_COPIED = 32  # labels, and annotations, that go from a FineTuneJob to its Job
+MOST_COPIED_BYTES = 16 * 1024
+_SUBDOMAIN = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
+_NAME = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
+
+Question = Callable[[FineTuneJobSpec, OperatorSettings], Iterator[Problem]]
+
+
+def policy_problems(
+    spec: FineTuneJobSpec, settings: OperatorSettings, metadata: Mapping[str, Any] | None = None
+) -> list[Problem]:
+    """Everything that forbids this job in this cluster. ``metadata``: of the FineTuneJob."""
+    problems = [problem for question in QUESTIONS for problem in question(spec, settings)]
+    return problems + list(_copied(metadata or {}))
+
+
+def _schemes(spec: FineTuneJobSpec, settings: OperatorSettings) -> Iterator[Problem]:
+    allowed = settings.uris.schemes
+    for path, uri, _ in locations(spec):
+        scheme = uri.partition("://")[0]
+        if scheme not in allowed and scheme != "file":  # of file:// the schema says why not
+            listed = ", ".join(f"{name}://" for name in allowed) or "none"
+            yield Problem(
+                f"{path}.uri", without_secrets(uri), f"{scheme}:// is not allowed in this cluster", f"use {listed}"
+            )
+
+
+def _hosts(spec: FineTuneJobSpec, settings: OperatorSettings) -> Iterator[Problem]:
+    allowed = settings.uris.hosts
+    for path, uri, _ in locations(spec):
+        host = uri.partition("://")[2].partition("/")[0]
+        if not allowed or uri.startswith(("pvc://", "file://")) or any(_host_matches(host, rule) for rule in allowed):
+            continue
+        what = "repository owner" if uri.startswith("hf://") else "bucket"
+        yield Problem(
+            f"{path}.uri",
+            without_secrets(uri),
+            f"{what} '{host}' is not allowed in this cluster",
+            f"use {', '.join(allowed)}",
+        )
+
+
+def _host_matches(host: str, rule: str) -> bool:
+    return host.endswith(rule[1:]) and host != rule[1:] if rule.startswith("*.") else host == rule
+
+
+def _endpoints(spec: FineTuneJobSpec, settings: OperatorSettings) -> Iterator[Problem]:
+    allowed = settings.uris.endpoints
+    if not allowed:
+        return
+    listed = ", ".join(allowed)
+    for path, uri, location in locations(spec):
+        scheme = uri.partition("://")[0]
+        if scheme not in VARIABLES:
+            continue
+        if location.endpoint is None:
+            if not _has_default_endpoint(scheme, settings):
+                yield Problem(
+                    f"{path}.endpoint",
+                    None,
+                    "is missing, and this cluster allows only listed endpoints",
+                    f"use {listed}",
+                )
+        elif _canonical(location.endpoint) not in {_canonical(endpoint) for endpoint in allowed}:
+            yield Problem(f"{path}.endpoint", location.endpoint, "is not allowed in this cluster", f"use {listed}")
+
+
+def _has_default_endpoint(scheme: str, settings: OperatorSettings) -> bool:
+    """Whether the administrator has said where URIs of this scheme lead."""
+    environment = settings.pod_defaults.environment
+    return any(environment.get(name) for name in VARIABLES[scheme] if name in ENDPOINT_VARIABLES)
+
+
+def _canonical(endpoint: str) -> str:
+    parts = urlsplit(endpoint)
+    default = {"http": ":80", "https": ":443"}.get(parts.scheme.lower(), "")
+    return f"{parts.scheme.lower()}://{parts.netloc.lower().removesuffix(default)}{parts.path.rstrip('/')}"
+
+
+def _remote_code(spec: FineTuneJobSpec, settings: OperatorSettings) -> Iterator[Problem]:
+    if spec.model.trust_remote_code and not settings.trust_remote_code:
+        yield Problem(
+            "spec.model.trustRemoteCode",
+            True,
+            "code of a model runs here only with the administrator's consent",
+            "remove it, or ask for trustRemoteCode in the operator's settings",
+        )
+
+
+def _claims(spec: FineTuneJobSpec, _settings: OperatorSettings) -> Iterator[Problem]:
+    for path, uri, _ in locations(spec):
+        claim = claim_of(uri)
+        if claim is not None and not is_claim_name(claim):
+            yield Problem(f"{path}.uri", uri, "names no PersistentVolumeClaim", "write pvc://CLAIM/PATH in lower case")
+
+
+def _placement(spec: FineTuneJobSpec, _settings: OperatorSettings) -> Iterator[Problem]:
+    placement = spec.placement
+    keys = [(f"spec.placement.nodeSelector.{key}", key) for key in placement.node_selector]
+    keys += [("spec.placement.topologyKey", placement.topology_key)]
+    keys += [(f"spec.placement.tolerations[{i}].key", item.key or "") for i, item in enumerate(placement.tolerations)]
+    for path, key in keys:
+        if key and not _is_label_key(key):
+            yield Problem(
+                path, key, "is no label of a node", "write it as NAME or PREFIX/NAME, such as example.com/rack"
+            )
+    values = [(f"spec.placement.nodeSelector.{key}", value) for key, value in placement.node_selector.items()]
+    values += [(f"spec.placement.tolerations[{i}].value", t.value or "") for i, t in enumerate(placement.tolerations)]
+    for path, value in values:
+        if value and not _NAME.fullmatch(value):
+            yield Problem(path, value, "is no label value", "use letters, digits, '-', '_' and '.'")
+    names = (("priorityClassName", placement.priority_class_name), ("schedulerName", placement.scheduler_name))
+    for field, name in names:
+        if name and not _SUBDOMAIN.fullmatch(name):
+            yield Problem(f"spec.placement.{field}", name, "is no name", "use lower-case letters, digits, '-' and '.'")
+
+
+def _tolerations(spec: FineTuneJobSpec, _settings: OperatorSettings) -> Iterator[Problem]:
+    for number, toleration in enumerate(spec.placement.tolerations):
+        if not toleration.key and toleration.operator != "Exists":
+            path = f"spec.placement.tolerations[{number}].operator"
+            yield Problem(
+                path, toleration.operator, "must be Exists where no key is named", "name a key, or set Exists"
+            )
+
+
+def _accelerator(spec: FineTuneJobSpec, _settings: OperatorSettings) -> Iterator[Problem]:
+    accelerator = spec.resources.accelerator
+    if accelerator is None:
+        return
+    domain = accelerator.resource_name.partition("/")[0]
+    # What is not an extended resource could name the node's own, and is refused by the API server.
+    if not _is_label_key(accelerator.resource_name) or domain == "kubernetes.io" or domain.endswith(".kubernetes.io"):
+        yield Problem(
+            "spec.resources.accelerator.resourceName",
+            accelerator.resource_name,
+            "is no extended resource",
+            "name the one that the device plugin offers, such as nvidia.com/gpu",
+        )
+
+
+def _is_label_key(key: str) -> bool:
+    prefix, slash, name = key.rpartition("/")
+    return bool(_NAME.fullmatch(name)) and (not slash or (len(prefix) <= 253 and bool(_SUBDOMAIN.fullmatch(prefix))))
+
+
+def _copied(metadata: Mapping[str, Any]) -> Iterator[Problem]:
+    """Labels and annotations that go to the Job are few and short."""
+    for field in ("labels", "annotations"):
+        entries = copied_from(metadata, field)
+        size = sum(len(key.encode()) + len(value.encode()) for key, value in entries.items())
+        rule = f"has {len(entries)} entries ({format_bytes(size)}) that are copied to the Job"
+        if len(entries) > MOST_COPIED or size > MOST_COPIED_BYTES:
+            remedy = (
+                f"keep at most {MOST_COPIED} and {format_bytes(MOST_COPIED_BYTES)} of finetune.dev/ and kueue.x-k8s.io/"
+            )
+            yield Problem(f"metadata.{field}", None, rule, remedy)
+
+
+QUESTIONS: tuple[Question, ...] = (
+    _schemes,
+    _hosts,
+    _endpoints,
+    _remote_code,
+    _claims,
+    _placement,
+    _tolerations,
+    _accelerator,
+)
