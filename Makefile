@@ -15,7 +15,7 @@ SOURCES := api storage trainer operator client deploy tests examples bench
 export PYTHONUNBUFFERED := 1
 export UV_PYTHON_DOWNLOADS := never
 
-.PHONY: demo test lint verify generate bench lock install clean
+.PHONY: demo test lint verify generate deploy-manifests bench lock install clean
 .DEFAULT_GOAL := test
 
 demo: $(INSTALLED)
@@ -32,9 +32,13 @@ lint: $(INSTALLED)
 
 verify: $(INSTALLED)
 	$(BIN)/python -m finetune_api.generate --check
+	$(BIN)/python deploy/render.py --check
 
 generate: $(INSTALLED)
 	$(BIN)/python -m finetune_api.generate
+
+deploy-manifests: $(INSTALLED) # from the chart: deploy/install.yaml, rules, dashboard, docs/helm-values.md; needs helm
+	$(BIN)/python deploy/render.py
 
 bench: $(BENCH_INSTALLED)
 	$(BIN)/python -m bench

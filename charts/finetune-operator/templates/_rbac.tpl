@@ -36,7 +36,7 @@ Server-side apply of a new object needs `create` and `patch`.
 - apiGroups: [coordination.k8s.io]
   resources: [leases]
   resourceNames: [{{ .Values.lease.name | quote }}]
-  verbs: [get, update, patch]
+  verbs: [get, patch]
 {{- end }}
 
 {{/* For people: what the ClusterRoles view and edit are extended by. */}}
