@@ -21,6 +21,9 @@ def build_environment(inputs: Inputs) -> list[dict[str, Any]]:
         reference = {"name": secret, "key": name, "optional": True}  # which keys a Secret has is its owner's choice
         entries[name] = {"valueFrom": {"secretKeyRef": reference}}
     entries |= {name: {"value": ""} for name in _withheld(inputs)}
+    if inputs.spec.model.uri.startswith("hf://") and inputs.spec.model.endpoint:
+        # Escaped: kubelet would put the value of another variable, a credential perhaps, in the place of "$(NAME)".
+        entries["HF_ENDPOINT"] = {"value": inputs.spec.model.endpoint.replace("$(", "$$(")}
     for name, path in _FROM_POD.items():
         entries[name] = {"valueFrom": {"fieldRef": {"apiVersion": "v1", "fieldPath": path}}}
     entries |= {name: {"value": value} for name, value in inputs.settings.pod_defaults.environment.items()}
