@@ -1,0 +1,68 @@
+"""Table of contents: what the operator watches, and what each event means. All decisions are made in reconcile.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import kopf
+
+from finetune_operator.kube import FINETUNEJOBS, JOBS
+from finetune_operator.metrics import WATCH_EVENTS
+from finetune_operator.store import Store, key_of
+from finetune_operator.workqueue import WorkQueue
+
+MANAGED = {"app.kubernetes.io/managed-by": "finetune-operator"}
+
+
+def build_registry(store: Store, queue: WorkQueue) -> kopf.OperatorRegistry:
+    """The handlers of this operator. None of them makes kopf write: no annotations, no finalizers."""
+    registry = kopf.OperatorRegistry()
+
+    @kopf.on.login(registry=registry)
+    def login(**keywords: Any) -> kopf.ConnectionInfo | None:
+        return kopf.login_with_service_account(**keywords) or kopf.login_with_kubeconfig(**keywords)
+
+    # An index makes kopf hold back all events until every Job was listed: no job is taken for new after a restart.
+    @kopf.index(JOBS.group, JOBS.version, JOBS.plural, registry=registry, labels=MANAGED)
+    def job_seen(body: kopf.Body, **_: Any) -> None:
+        WATCH_EVENTS.labels(resource=JOBS.plural).inc()
+        if key := store.saw_job(dict(body)):
+            queue.add(key)
+
+    @kopf.on.event(JOBS.group, JOBS.version, JOBS.plural, registry=registry, labels=MANAGED)
+    async def job_deleted(event: kopf.RawEvent, **_: Any) -> None:
+        if event["type"] == "DELETED" and (key := store.forget_job(event["object"])):
+            queue.add(key)
+
+    @kopf.on.event(FINETUNEJOBS.group, FINETUNEJOBS.version, FINETUNEJOBS.plural, registry=registry)
+    async def finetunejob_changed(event: kopf.RawEvent, **_: Any) -> None:
+        WATCH_EVENTS.labels(resource=FINETUNEJOBS.plural).inc()
+        resource = event["object"]
+        key = key_of(resource)
+        if event["type"] == "DELETED":
+            if store.forget_resource(key, resource["metadata"]["uid"]):
+                queue.forget(key)
+        elif store.saw_resource(resource):
+            queue.add(key)
+
+    return registry
+
+
+def build_settings(scope: str) -> kopf.OperatorSettings:
+    """kopf as a watcher only. ``scope`` is this operator's annotation prefix, should kopf ever need one."""
+    settings = kopf.OperatorSettings()
+    settings.posting.enabled = False
+    settings.peering.standalone = True
+    settings.scanning.disabled = True  # CRD and namespaces are known: no cluster-wide reads of those
+    settings.persistence.finalizer = f"{scope}/unused"
+    settings.persistence.progress_storage = kopf.AnnotationsProgressStorage(prefix=scope)
+    settings.persistence.diffbase_storage = kopf.AnnotationsDiffBaseStorage(prefix=scope)
+    settings.watching.server_timeout = 600
+    settings.watching.client_timeout = 660
+    settings.watching.connect_timeout = 30
+    settings.watching.label_selectors[f"{JOBS.plural}.{JOBS.version}.{JOBS.group}"] = ",".join(
+        f"{name}={value}" for name, value in MANAGED.items()
+    )
+    settings.queueing.idle_timeout = 1.0
+    settings.queueing.exit_timeout = 1.0
+    return settings

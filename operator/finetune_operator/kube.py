@@ -1,0 +1,188 @@
+"""The API server as the operator uses it: JSON objects in and out through kubernetes' asyncio client.
+
+The client's typed models are passed by: they cost milliseconds per object and drop fields that they do not know.
+"""
+
+from __future__ import annotations
+
+import json
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+from kubernetes.aio import config
+from kubernetes.aio.client.api_client import ApiClient
+from kubernetes.aio.client.configuration import Configuration
+
+from finetune_api import API_GROUP, API_VERSION, PLURAL
+from finetune_operator.metrics import API_REQUESTS
+
+FIELD_MANAGER = "finetune-operator"
+PROGRESS_MANAGER = "finetune-operator-progress"
+REQUEST_SECONDS = 30.0
+_PAGE = 500
+
+Object = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A resource of the API."""
+
+    group: str
+    version: str
+    plural: str
+
+    def path(self, namespace: str | None, name: str | None = None, subresource: str | None = None) -> str:
+        root = f"/apis/{self.group}/{self.version}" if self.group else f"/api/{self.version}"
+        parts = [root, *(("namespaces", namespace) if namespace else ()), self.plural, name, subresource]
+        return "/".join(part for part in parts if part)
+
+
+FINETUNEJOBS = Kind(API_GROUP, API_VERSION, PLURAL)
+JOBS = Kind("batch", "v1", "jobs")
+PODS = Kind("", "v1", "pods")
+SERVICES = Kind("", "v1", "services")
+CONFIG_MAPS = Kind("", "v1", "configmaps")
+CORE_EVENTS = Kind("", "v1", "events")
+EVENTS = Kind("events.k8s.io", "v1", "events")
+LEASES = Kind("coordination.k8s.io", "v1", "leases")
+KINDS = {"Job": JOBS, "Service": SERVICES, "ConfigMap": CONFIG_MAPS}
+
+
+class ApiError(Exception):
+    """The API server refused, or did not answer (``status`` 0)."""
+
+    def __init__(self, status: int, reason: str, message: str, retry_after_seconds: float | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.reason = reason
+        self.retry_after_seconds = retry_after_seconds
+
+    @property
+    def retriable(self) -> bool:
+        """Whether the same request may succeed later."""
+        return self.status in {0, 408, 409, 429} or self.status >= 500
+
+
+class Kube:
+    """One connection pool. Every method raises :class:`ApiError`."""
+
+    def __init__(self, client: ApiClient) -> None:
+        self._client = client
+
+    @classmethod
+    async def connect(cls) -> Kube:
+        """In a pod by its service account, else by the kubeconfig as kubectl finds it."""
+        configuration = Configuration()
+        try:
+            config.load_incluster_config(client_configuration=configuration)
+        except config.ConfigException:
+            await config.load_kube_config(client_configuration=configuration)
+        configuration.connection_pool_maxsize = 100
+        return cls(ApiClient(configuration))
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    async def get(self, kind: Kind, namespace: str, name: str) -> Object:
+        return await self._request("GET", kind, kind.path(namespace, name))
+
+    async def list(
+        self, kind: Kind, namespace: str | None, label_selector: str = "", field_selector: str = ""
+    ) -> list[Object]:
+        """All matching objects, page by page."""
+        query = {"limit": str(_PAGE), "labelSelector": label_selector, "fieldSelector": field_selector}
+        items: list[Object] = []
+        while True:
+            page = await self._request("GET", kind, kind.path(namespace), query=query, verb="list")
+            items += page.get("items", ())
+            token = page["metadata"].get("continue")
+            if not token:
+                return items
+            query["continue"] = token
+
+    async def apply(self, manifest: Mapping[str, Any]) -> Object:
+        """Server-side apply: created, or brought back to what the manifest says, by our own field manager."""
+        kind, metadata = KINDS[manifest["kind"]], manifest["metadata"]
+        query = {"fieldManager": FIELD_MANAGER, "force": "true"}
+        path = kind.path(metadata["namespace"], metadata["name"])
+        return await self._request("PATCH", kind, path, query, manifest, "application/apply-patch+yaml", "apply")
+
+    async def create(self, kind: Kind, manifest: Mapping[str, Any]) -> Object:
+        query = {"fieldManager": FIELD_MANAGER}
+        path = kind.path(manifest["metadata"]["namespace"])
+        return await self._request("POST", kind, path, query, manifest, "application/json", "create")
+
+    async def merge(
+        self,
+        kind: Kind,
+        resource: Mapping[str, Any],
+        body: Mapping[str, Any],
+        subresource: str | None = None,
+        manager: str = FIELD_MANAGER,
+    ) -> Object:
+        """JSON merge patch of ``resource``, refused with 409 if it has changed since it was read."""
+        metadata = resource["metadata"]
+        body = {**body, "metadata": {"resourceVersion": metadata["resourceVersion"], "uid": metadata["uid"]}}
+        path = kind.path(metadata["namespace"], metadata["name"], subresource)
+        query = {"fieldManager": manager}
+        return await self._request("PATCH", kind, path, query, body, "application/merge-patch+json", "patch")
+
+    async def delete(self, kind: Kind, namespace: str, name: str, uid: str, force: bool = False) -> None:
+        """Delete exactly the object with this uid; gone already is fine."""
+        body: Object = {"preconditions": {"uid": uid}, "propagationPolicy": "Background"}
+        if force:
+            body["gracePeriodSeconds"] = 0
+        try:
+            await self._request("DELETE", kind, kind.path(namespace, name), None, body, "application/json", "delete")
+        except ApiError as error:
+            if error.status not in {404, 409}:
+                raise
+
+    async def _request(
+        self,
+        method: str,
+        kind: Kind,
+        path: str,
+        query: Mapping[str, str] | None = None,
+        body: Any = None,
+        content_type: str = "application/json",
+        verb: str = "",
+    ) -> Object:
+        verb = verb or method.lower()
+        code = "none"
+        try:
+            serialized = await self._client.param_serialize(
+                method,
+                path,
+                query_params=[(key, value) for key, value in (query or {}).items() if value],
+                header_params={"Accept": "application/json", "Content-Type": content_type},
+                auth_settings=["BearerToken"],
+            )
+            url, headers = serialized[1], serialized[2]
+            response = await self._client.call_api(method, url, headers, body, None, _request_timeout=REQUEST_SECONDS)
+            text = await response.read()
+            code = str(response.status)
+        except (TimeoutError, aiohttp.ClientError, ssl.SSLError, OSError) as error:
+            raise ApiError(
+                0, "Unreachable", f"the API server did not answer ({type(error).__name__}: {error})"
+            ) from error
+        finally:
+            API_REQUESTS.labels(verb=verb, resource=kind.plural, code=code).inc()
+        if response.status >= 300:
+            raise _refused(response.status, text, response.headers.get("Retry-After"))
+        decoded: Object = json.loads(text)
+        return decoded
+
+
+def _refused(status: int, text: bytes, retry_after: str | None) -> ApiError:
+    try:
+        said = json.loads(text)
+        reason, message = said.get("reason", ""), said.get("message", "")
+    except (ValueError, AttributeError):
+        reason, message = "", text[:200].decode(errors="replace")
+    seconds = float(retry_after) if retry_after and retry_after.isdecimal() else None
+    return ApiError(status, reason or str(status), message or f"HTTP status {status}", seconds)

@@ -1,0 +1,194 @@
+"""The process: lease, watches, workers, pages; and how all of them stop."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
+from typing import Any
+
+import kopf
+
+from finetune_api import API_GROUP
+from finetune_api.errors import SpecError
+from finetune_operator.gather import Gatherer
+from finetune_operator.handlers import MANAGED, build_registry, build_settings
+from finetune_operator.kube import FINETUNEJOBS, JOBS, ApiError, Kube
+from finetune_operator.lease import Lease, LeaseLost
+from finetune_operator.logs import set_up
+from finetune_operator.metrics import LEADER, RECONCILE_ERRORS, REGISTRY, LiveCollector
+from finetune_operator.pages import Pages
+from finetune_operator.reconcile import Reconciler
+from finetune_operator.settings import OperatorSettings, read_settings
+from finetune_operator.store import Store
+from finetune_operator.workqueue import Key, WorkQueue
+
+log = logging.getLogger("finetune_operator")
+
+RESYNC_SECONDS = 300.0
+_STOP_SECONDS = 5.0
+_SELECTOR = ",".join(f"{name}={value}" for name, value in MANAGED.items())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run until SIGTERM (0), a lost lease (1) or bad settings (2)."""
+    parser = argparse.ArgumentParser(prog="python -m finetune_operator", description="Operator for FineTuneJobs.")
+    parser.add_argument("--config", type=Path, required=True, help="settings as JSON (docs/helm-values.md)")
+    options = parser.parse_args(arguments)
+    try:
+        settings = read_settings(options.config)
+    except SpecError as error:
+        print(error, file=sys.stderr)
+        return 2
+    set_up(settings.log)
+    return asyncio.run(Operator(settings).run())
+
+
+class Operator:
+    """One replica."""
+
+    def __init__(self, settings: OperatorSettings) -> None:
+        self._settings = settings
+        self._store = Store()
+        self._queue = WorkQueue()
+        self._stop = asyncio.Event()
+        self._watching = asyncio.Event()
+        self._standing_by = True
+
+    async def run(self) -> int:
+        """Stand by, work, stop; the exit code."""
+        self._catch_signals()
+        REGISTRY.register(
+            LiveCollector(self._store.states, lambda: self._queue.depth, lambda: self._queue.oldest_seconds)
+        )
+        pages = Pages(self._trouble)
+        await pages.serve(self._settings.metrics.port, self._settings.health.port)
+        kube = await Kube.connect()
+        lease = Lease(kube, self._settings.lease) if self._settings.lease.enabled else None
+        try:
+            if lease is not None and not await self._unless_stopped(lease.acquire()):
+                return 0
+            self._standing_by = False
+            LEADER.set(1)
+            await self._work(kube, lease)
+            return 0
+        except LeaseLost as error:
+            log.error("%s: stopping, so that two operators never work at once", error)
+            return 1
+        finally:
+            LEADER.set(0)
+            await pages.close()
+            await kube.close()
+
+    async def _work(self, kube: Kube, lease: Lease | None) -> None:
+        """Watch and reconcile until asked to stop; then let go of the lease before anything slow."""
+        gatherer = Gatherer(kube, self._settings)
+        reconciler = Reconciler(kube, self._store, gatherer, self._settings)
+        kopf_stop = asyncio.Event()
+        watches = asyncio.create_task(self._watch(kopf_stop))
+        signals = asyncio.create_task(self._own_signals())
+        tasks = [asyncio.create_task(self._worker(reconciler)) for _ in range(self._settings.concurrency)]
+        tasks.append(asyncio.create_task(self._resync(kube)))
+        if lease is not None:
+            tasks.append(asyncio.create_task(lease.keep()))
+        stopping = asyncio.create_task(self._stop.wait())
+        done, _ = await asyncio.wait({watches, stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (*tasks, stopping, signals):
+            task.cancel()
+        await asyncio.gather(*tasks, stopping, signals, return_exceptions=True)
+        if lease is not None and not any(isinstance(_error(task), LeaseLost) for task in done):
+            await lease.release()
+        kopf_stop.set()
+        await asyncio.wait({watches}, timeout=_STOP_SECONDS)
+        await gatherer.close()
+        for task in done:
+            task.result()  # a lost lease or a defect ends the process: crash-only
+
+    async def _own_signals(self) -> None:
+        """kopf takes the signals over when it starts; take them back, to stop in our order."""
+        await self._watching.wait()
+        self._catch_signals()
+
+    async def _watch(self, stop: asyncio.Event) -> None:
+        namespaces = self._settings.namespaces
+        await kopf.operator(
+            registry=build_registry(self._store, self._queue),
+            settings=build_settings(API_GROUP),
+            standalone=True,
+            clusterwide=not namespaces,
+            namespaces=namespaces,
+            stop_flag=stop,
+            ready_flag=self._watching,
+        )
+
+    async def _worker(self, reconciler: Reconciler) -> None:
+        while True:
+            key = await self._queue.get()
+            try:
+                await self._reconcile(reconciler, key)
+            finally:
+                self._queue.done(key)
+
+    async def _reconcile(self, reconciler: Reconciler, key: Key) -> None:
+        """One look; trouble with the API server is tried again later, a defect is told and tried again later."""
+        about = {"namespace": key[0], "job": key[1]}
+        try:
+            look_again = await reconciler.reconcile(key)
+        except ApiError as error:
+            conflict = error.status == 409
+            RECONCILE_ERRORS.labels("Conflict" if conflict else "ApiError").inc()
+            delay = self._queue.failed(key, error.retry_after_seconds or 0.0)
+            level = logging.DEBUG if conflict or error.status == 404 else logging.WARNING
+            log.log(level, "%s (looking again in %.1f s)", error, delay, extra=about)
+        except Exception:
+            RECONCILE_ERRORS.labels("InternalError").inc()
+            log.exception("defect (looking again in %.1f s)", self._queue.failed(key), extra=about)
+        else:
+            self._queue.succeeded(key)
+            if look_again is not None:
+                self._queue.add(key, look_again)
+
+    async def _resync(self, kube: Kube) -> None:
+        """List everything now and then: what a broken watch missed comes to light."""
+        while True:
+            await asyncio.sleep(RESYNC_SECONDS)
+            try:
+                before = self._store.uids()
+                scopes: Sequence[str | None] = self._settings.namespaces or (None,)
+                resources = [item for scope in scopes for item in await kube.list(FINETUNEJOBS, scope)]
+                jobs = [item for scope in scopes for item in await kube.list(JOBS, scope, _SELECTOR)]
+            except ApiError as error:
+                log.warning("resync: %s", error)
+                continue
+            for key in self._store.replace(before, resources, jobs):
+                self._queue.add(key)
+
+    async def _unless_stopped(self, work: Coroutine[Any, Any, None]) -> bool:
+        """Whether ``work`` was done before a signal came."""
+        task, stopping = asyncio.create_task(work), asyncio.create_task(self._stop.wait())
+        done, pending = await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        for unfinished in pending:
+            unfinished.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await unfinished
+        if task in done:
+            task.result()
+        return task in done
+
+    def _catch_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+
+    def _trouble(self) -> str:
+        """Why this replica is not ready, or nothing. A replica that stands by is ready."""
+        return "" if self._standing_by or self._watching.is_set() else "the watches are not running yet"
+
+
+def _error(task: asyncio.Task[Any]) -> BaseException | None:
+    return None if task.cancelled() else task.exception()

@@ -1,0 +1,191 @@
+"""One look at one job: from what the watches said to at most one status write. Looking twice changes nothing.
+
+observed = gather()  ->  spec = parse_spec()  ->  plan = make_plan()  ->  children = build_children()  ->  apply
+         ->  verdict = derive()  ->  commands  ->  status, once, if it changed  ->  events
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from finetune_api.errors import SpecError
+from finetune_api.plan import Facts, Plan
+from finetune_api.planner import make_plan
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import FineTuneJobStatus
+from finetune_api.trainer_config import JobIdentity
+from finetune_api.validation import Place, parse_spec
+from finetune_operator.build import build_children
+from finetune_operator.derive import derive, derive_invalid, is_settled
+from finetune_operator.gather import Gatherer
+from finetune_operator.kube import FIELD_MANAGER, FINETUNEJOBS, JOBS, PODS, PROGRESS_MANAGER, Kube
+from finetune_operator.logs import log_of
+from finetune_operator.looks import expires, is_over
+from finetune_operator.metrics import JOB_SECONDS, RECONCILE_SECONDS, RESTARTS, STATUS_WRITES
+from finetune_operator.observe import JobView, Observed
+from finetune_operator.policy import policy_problems
+from finetune_operator.settings import OperatorSettings
+from finetune_operator.store import Entry, Store
+from finetune_operator.story import tell
+from finetune_operator.verdict import DeletePod, DeleteResource, Verdict
+from finetune_operator.workqueue import Key
+
+MANAGER = "finetune-operator"  # of a job whose spec.managedBy is absent
+_PROGRESS_FIELDS = frozenset({"progress", "message"})
+
+
+@dataclass
+class Reconciler:
+    """Brings the cluster and the status of one job to what its spec asks for."""
+
+    kube: Kube
+    store: Store
+    gatherer: Gatherer
+    settings: OperatorSettings
+
+    async def reconcile(self, key: Key) -> float | None:
+        """Look at one job; the seconds until it wants to be looked at again. Raises ApiError."""
+        started = time.monotonic()
+        try:
+            return await self._look(key)
+        finally:
+            RECONCILE_SECONDS.observe(time.monotonic() - started)
+
+    async def _look(self, key: Key) -> float | None:
+        entry = self.store.get(key)
+        if entry is None or "deletionTimestamp" in entry.resource["metadata"]:
+            return None  # gone or going: owner references take the children along
+        if entry.settled:
+            return await self._expire(entry)
+        if entry.resource["spec"].get("managedBy", MANAGER) != MANAGER:
+            return None
+        look_again = None
+        if not is_settled(entry.resource):
+            verdict = await self._judge(key, entry, await self.gatherer.gather(entry, self.store.job_of(key)))
+            await self._write(entry, verdict)
+            await self._obey(key, entry, verdict)
+            look_again = verdict.look_again_seconds
+        return await self._settle(key, entry) if is_settled(entry.resource) else look_again
+
+    async def _judge(self, key: Key, entry: Entry, observed: Observed) -> Verdict:
+        """Parse and plan (once per generation), make sure of the children, derive the status."""
+        try:
+            entry.planned = entry.planned or plan_of(entry.resource, self.settings)
+        except SpecError as error:
+            return derive_invalid(observed, error.problems)
+        observed = await self._ensure_children(key, entry, entry.planned, observed)
+        return derive(observed, entry.planned[1], self.settings)
+
+    async def _ensure_children(
+        self, key: Key, entry: Entry, planned: tuple[FineTuneJobSpec, Plan], observed: Observed
+    ) -> Observed:
+        """Create what is missing. A Job that exists is never built anew: an upgrade must not restart pods."""
+        spec, plan = planned
+        job = observed.job
+        if job is None:
+            children = build_children(entry.resource, spec, plan, self.settings)
+            for manifest in children.manifests:
+                applied = await self.kube.apply(manifest)
+            self.store.saw_job(applied)
+            return _with_job(observed, self.store.job_of(key))
+        if job.deleting:
+            return observed
+        wanted = {"suspend": spec.run_policy.suspend, "activeDeadlineSeconds": spec.run_policy.active_deadline_seconds}
+        if (
+            (job.suspended, job.active_deadline_seconds) != tuple(wanted.values())
+            and not job.complete
+            and not job.failure
+        ):
+            await self._change_job(key, job, wanted)
+            return _with_job(observed, self.store.job_of(key))
+        return observed
+
+    async def _change_job(self, key: Key, job: JobView, spec: Mapping[str, Any]) -> None:
+        current = await self.kube.get(JOBS, key[0], job.name)
+        if current["metadata"]["uid"] == job.uid:
+            self.store.saw_job(await self.kube.merge(JOBS, current, {"spec": dict(spec)}))
+
+    async def _write(self, entry: Entry, verdict: Verdict) -> None:
+        """One merge patch with what changed, refused if the job has changed meanwhile; then the events."""
+        before = entry.resource.get("status", {})
+        after = as_json(verdict.status)
+        changed = {name: after.get(name) for name in {*before, *after} if before.get(name) != after.get(name)}
+        if changed:
+            manager = PROGRESS_MANAGER if changed.keys() <= _PROGRESS_FIELDS else FIELD_MANAGER
+            written = await self.kube.merge(FINETUNEJOBS, entry.resource, {"status": changed}, "status", manager)
+            STATUS_WRITES.inc()
+            self.store.saw_resource(written)
+            _count(before, after)
+        await tell(self.kube, entry.resource, verdict.events)
+
+    async def _obey(self, key: Key, entry: Entry, verdict: Verdict) -> None:
+        """Carry out the verdict's commands. After the status, so that a crash between repeats only what is harmless."""
+        for command in verdict.commands:
+            log_of(entry.resource).info("%s", command)
+            if isinstance(command, DeletePod):
+                await self.kube.delete(PODS, key[0], command.name, command.uid, command.force)
+            elif isinstance(command, DeleteResource):
+                await self._delete(entry.resource)
+            else:
+                await self._stop_job(key)
+
+    async def _stop_job(self, key: Key) -> None:
+        job = self.store.job_of(key)
+        if job is not None and not is_over(job):
+            await self._change_job(key, job, {"suspend": True})
+
+    async def _settle(self, key: Key, entry: Entry) -> float | None:
+        """The job has ended: nothing of it may still run; forget all but its name."""
+        await self._stop_job(key)
+        status, until = entry.resource.get("status", {}), expires(entry.resource)
+        log_of(entry.resource).info("%s: %s", status.get("state"), status.get("message"))
+        self.store.settle(key, until)
+        return max(0.0, (until - datetime.now(UTC)).total_seconds()) if until else None
+
+    async def _expire(self, entry: Entry) -> float | None:
+        if entry.expires is None:
+            return None
+        left = (entry.expires - datetime.now(UTC)).total_seconds()
+        if left <= 0:
+            await self._delete(entry.resource)
+            return None
+        return left
+
+    async def _delete(self, resource: Mapping[str, Any]) -> None:
+        metadata = resource["metadata"]
+        await self.kube.delete(FINETUNEJOBS, metadata["namespace"], metadata["name"], metadata["uid"])
+
+
+def plan_of(resource: Mapping[str, Any], settings: OperatorSettings) -> tuple[FineTuneJobSpec, Plan]:
+    """The typed spec and what will run. Raises SpecError with every problem."""
+    spec = parse_spec(resource["spec"], place=Place.CLUSTER)
+    problems = policy_problems(spec, settings)
+    if problems:
+        raise SpecError(problems)
+    metadata = resource["metadata"]
+    identity = JobIdentity(namespace=metadata["namespace"], name=metadata["name"], uid=metadata["uid"])
+    return spec, make_plan(spec, Facts(), identity)
+
+
+def as_json(status: FineTuneJobStatus) -> dict[str, Any]:
+    return status.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+def _with_job(observed: Observed, job: JobView | None) -> Observed:
+    return Observed(observed.resource, observed.now, job, observed.pods, observed.complaints, observed.progress)
+
+
+def _count(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """Metrics of what the status says for the first time."""
+    told = {entry["cause"]: entry["count"] for entry in before.get("restarts") or ()}
+    for entry in after.get("restarts") or ():
+        RESTARTS.labels(cause=entry["cause"]).inc(max(0, entry["count"] - told.get(entry["cause"], 0)))
+    if after.get("state") != before.get("state") and after.get("state") in {"Complete", "Failed"}:
+        begun, ended = after.get("startTime"), after.get("completionTime")
+        if begun and ended:
+            seconds = (datetime.fromisoformat(ended) - datetime.fromisoformat(begun)).total_seconds()
+            JOB_SECONDS.labels(outcome=after["state"]).observe(max(0.0, seconds))

@@ -1,0 +1,137 @@
+"""What the watches have said: the newest known copy of every FineTuneJob and of its Job.
+
+Only a mirror: it is filled again by listing after a restart, and a resync every few minutes removes what a watch
+missed while it was broken (after a 410 nobody reports deletions).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from finetune_api.plan import Plan
+from finetune_api.spec import FineTuneJobSpec
+from finetune_operator.observe import JOB_LABEL, JobView, PodView, job_view
+from finetune_operator.workqueue import Key
+
+Object = Mapping[str, Any]
+_UNUSED_METADATA = ("managedFields",)
+_KEPT_WHEN_SETTLED = ("namespace", "name", "uid", "generation", "resourceVersion")
+
+
+@dataclass
+class Entry:
+    """One FineTuneJob. ``planned`` and ``pods`` are caches of what can be computed or read again."""
+
+    resource: Object
+    planned: tuple[FineTuneJobSpec, Plan] | None = None
+    pods: tuple[PodView, ...] = ()
+    settled: bool = False  # ended: nothing is done any more, but for its removal at ``expires``
+    expires: datetime | None = None
+
+
+def key_of(resource: Object) -> Key:
+    return resource["metadata"]["namespace"], resource["metadata"]["name"]
+
+
+class Store:
+    """Mirror of FineTuneJobs and Jobs. Used from one event loop."""
+
+    def __init__(self) -> None:
+        self._entries: dict[Key, Entry] = {}
+        self._jobs: dict[Key, tuple[str, JobView]] = {}  # (resourceVersion, view)
+
+    def get(self, key: Key) -> Entry | None:
+        return self._entries.get(key)
+
+    def job_of(self, key: Key) -> JobView | None:
+        found = self._jobs.get(key)
+        return found[1] if found else None
+
+    def keys(self) -> list[Key]:
+        return list(self._entries)
+
+    def states(self) -> Mapping[str, int]:
+        """How many jobs are in which state."""
+        return Counter(entry.resource.get("status", {}).get("state", "Pending") for entry in self._entries.values())
+
+    def saw_resource(self, resource: Object) -> bool:
+        """Remember a FineTuneJob; whether this is news (our own writes come back by the watch)."""
+        key, entry = key_of(resource), self._entries.get(key_of(resource))
+        if entry is None or entry.resource["metadata"]["uid"] != resource["metadata"]["uid"]:
+            self._entries[key] = Entry(_slim(resource))
+            return True
+        known, seen = (int(r["metadata"]["resourceVersion"]) for r in (entry.resource, resource))
+        if seen <= known:  # comparable since Kubernetes 1.35 (KEP-5504), and in practice before
+            return False
+        if entry.resource["metadata"].get("generation") != resource["metadata"].get("generation"):
+            entry.planned = None
+        entry.resource, entry.settled = _slim(resource), False
+        return True
+
+    def settle(self, key: Key, expires: datetime | None) -> None:
+        """The job has ended: keep no more of it than its name and its state (there may be ten thousands)."""
+        entry = self._entries[key]
+        metadata = {name: entry.resource["metadata"].get(name) for name in _KEPT_WHEN_SETTLED}
+        state = entry.resource.get("status", {}).get("state", "")
+        self._entries[key] = Entry({"metadata": metadata, "status": {"state": state}}, settled=True, expires=expires)
+
+    def forget_resource(self, key: Key, uid: str) -> bool:
+        """Forget a deleted FineTuneJob; false if a newer one has taken its name."""
+        entry = self._entries.get(key)
+        if entry is None or entry.resource["metadata"]["uid"] != uid:
+            return False
+        del self._entries[key]
+        return True
+
+    def saw_job(self, job: Object) -> Key | None:
+        """Remember a Job of ours; the FineTuneJob that it belongs to, if this is news."""
+        key = _owner_key(job)
+        if key is None:
+            return None
+        version = job["metadata"]["resourceVersion"]
+        known = self._jobs.get(key)
+        if known is not None and known[1].uid == job["metadata"]["uid"] and int(known[0]) >= int(version):
+            return None
+        self._jobs[key] = (version, job_view(job))
+        return key
+
+    def forget_job(self, job: Object) -> Key | None:
+        key = _owner_key(job)
+        known = self._jobs.get(key) if key else None
+        if key is None or known is None or known[1].uid != job["metadata"]["uid"]:
+            return None
+        del self._jobs[key]
+        return key
+
+    def uids(self) -> frozenset[str]:
+        """Of everything mirrored now."""
+        resources = (entry.resource["metadata"]["uid"] for entry in self._entries.values())
+        return frozenset({*resources, *(view.uid for _, view in self._jobs.values())})
+
+    def replace(self, before: frozenset[str], resources: Iterable[Object], jobs: Iterable[Object]) -> set[Key]:
+        """Take a complete listing; what was known ``before`` it and is not in it is gone. The keys that changed."""
+        resources, jobs = list(resources), list(jobs)
+        lost = before - {item["metadata"]["uid"] for item in (*resources, *jobs)}
+        gone = {key for key, entry in self._entries.items() if entry.resource["metadata"]["uid"] in lost}
+        orphaned = {key for key, (_, view) in self._jobs.items() if view.uid in lost}
+        for key in gone:
+            del self._entries[key]
+        for key in orphaned:
+            del self._jobs[key]
+        changed = {key_of(resource) for resource in resources if self.saw_resource(resource)}
+        return gone | orphaned | changed | {owner for job in jobs if (owner := self.saw_job(job)) is not None}
+
+
+def _slim(resource: Object) -> Object:
+    metadata = {name: value for name, value in resource["metadata"].items() if name not in _UNUSED_METADATA}
+    return {**resource, "metadata": metadata}
+
+
+def _owner_key(job: Object) -> Key | None:
+    metadata = job["metadata"]
+    name = metadata.get("labels", {}).get(JOB_LABEL)
+    return (metadata["namespace"], name) if name else None

@@ -1,0 +1,131 @@
+"""The work queue: requests melt, timers fire, nobody looks at one job twice at once."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from finetune_operator.workqueue import WorkQueue
+
+A, B = ("default", "a"), ("default", "b")
+
+
+async def _next(queue: WorkQueue, seconds: float = 1.0) -> tuple[str, str] | None:
+    try:
+        return await asyncio.wait_for(queue.get(), seconds)
+    except TimeoutError:
+        return None
+
+
+def test_requests_for_one_job_melt_into_one() -> None:
+    async def scenario() -> None:
+        queue = WorkQueue()
+        for _ in range(5):
+            queue.add(A)
+        assert queue.depth == 1
+        assert await _next(queue) == A
+        queue.done(A)
+        assert await _next(queue, 0.05) is None
+
+    asyncio.run(scenario())
+
+
+def test_a_request_during_a_look_comes_after_it() -> None:
+    async def scenario() -> None:
+        queue = WorkQueue()
+        queue.add(A)
+        assert await _next(queue) == A
+        queue.add(A)
+        assert await _next(queue, 0.05) is None, "the job is still being looked at"
+        queue.done(A)
+        assert await _next(queue) == A
+
+    asyncio.run(scenario())
+
+
+def test_the_earliest_due_time_wins_whatever_the_order() -> None:
+    async def scenario() -> None:
+        queue = WorkQueue()
+        queue.add(A, 30.0)
+        queue.add(A, 0.05)
+        queue.add(A, 60.0)
+        started = time.monotonic()
+        assert await _next(queue) == A
+        assert 0.04 <= time.monotonic() - started < 0.5
+        queue.done(A)
+        assert await _next(queue, 0.1) is None, "the later requests were for the same look"
+
+    asyncio.run(scenario())
+
+
+def test_a_delayed_request_does_not_hold_up_others() -> None:
+    async def scenario() -> None:
+        queue = WorkQueue()
+        queue.add(A, 30.0)
+        waiting = asyncio.create_task(_next(queue))
+        await asyncio.sleep(0.01)
+        queue.add(B)
+        assert await waiting == B
+        assert queue.depth == 0, "a request that is not due is not waiting for a worker"
+
+    asyncio.run(scenario())
+
+
+def test_failures_in_a_row_wait_longer_and_longer_until_one_look_succeeds() -> None:
+    async def scenario() -> None:
+        queue = WorkQueue()
+        assert [queue.failed(A) for _ in range(10)] == [0.2, 0.5, 1, 2, 4, 8, 15, 30, 60, 60]
+        queue.succeeded(A)
+        assert queue.failed(A) == 0.2
+        assert queue.failed(B, at_least_seconds=7.0) == 7.0, "the server's own wish counts"
+
+    asyncio.run(scenario())
+
+
+def test_the_age_of_the_oldest_request_is_that_of_the_first_one_not_served() -> None:
+    async def scenario() -> None:
+        queue = WorkQueue()
+        queue.add(A)
+        await asyncio.sleep(0.05)
+        queue.add(A)
+        queue.add(B, 10.0)
+        assert 0.05 <= queue.oldest_seconds < 0.5
+        await _next(queue)
+        assert queue.oldest_seconds == 0.0
+
+    asyncio.run(scenario())
+
+
+def test_a_forgotten_job_is_not_looked_at() -> None:
+    async def scenario() -> None:
+        queue = WorkQueue()
+        queue.add(A)
+        queue.forget(A)
+        assert await _next(queue, 0.05) is None
+
+    asyncio.run(scenario())
+
+
+def test_many_workers_serve_many_jobs_once_each() -> None:
+    async def scenario() -> None:
+        queue = WorkQueue()
+        keys = [("default", f"job-{number}") for number in range(500)]
+        served: list[tuple[str, str]] = []
+
+        async def worker() -> None:
+            while True:
+                key = await queue.get()
+                served.append(key)
+                await asyncio.sleep(0)
+                queue.done(key)
+
+        workers = [asyncio.create_task(worker()) for _ in range(16)]
+        for key in keys:
+            queue.add(key)
+        while len(served) < len(keys):
+            await asyncio.sleep(0.01)
+        for task in workers:
+            task.cancel()
+        assert sorted(served) == sorted(keys)
+
+    asyncio.run(scenario())
