@@ -23,7 +23,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from finetune.manifests import Job
-from finetune.progress_view import View
+from finetune.progress_view import View, snapshot
 from finetune.result import RunResult, RunState, decisive, read_termination, result_of
 from finetune_api.errors import FineTuneError
 from finetune_api.exits import ExitClass
@@ -205,7 +205,7 @@ class LocalRun:
                 failed_at = float("inf")
             progress = self._launchers[0].progress()
             if progress is not None:
-                view.show(progress)
+                view.show(snapshot(progress))
             time.sleep(_POLL_SECONDS)
 
     def _pass_on(self, view: View, count: int) -> None:

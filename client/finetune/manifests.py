@@ -33,10 +33,19 @@ def read_job(path: str, place: Place | None = Place.LOCAL) -> Job:
     Raises:
         SpecError: every problem at once.
     """
-    text, folder = _read(path)
-    metadata, spec = parse_manifest(resolve_relative_uris(text, folder), source=path, place=place)
+    metadata, spec = parse_manifest(manifest_text(path), source=path, place=place)
     uid = result_digest(spec)[:_UID_LENGTH]
     return Job(JobIdentity(namespace=metadata.namespace, name=metadata.name, uid=uid), spec, path)
+
+
+def manifest_text(path: str) -> str:
+    """The text at ``path`` (``-``: standard input) with absolute URIs.
+
+    Raises:
+        SpecError: it cannot be read.
+    """
+    text, folder = _read(path)
+    return resolve_relative_uris(text, folder)
 
 
 def resolve_relative_uris(text: str, folder: Path) -> str:

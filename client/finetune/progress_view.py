@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, TextIO
 
@@ -28,6 +29,24 @@ LINE_EVERY_FRACTION = 0.05
 LINE_APART_SECONDS = 2.0
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """One look at a job, wherever it runs: ``step`` once ``total_steps`` is known, ``done`` of ``total`` before."""
+
+    kind: str  # changes with the phase; evaluating and checkpointing are part of training
+    words: str
+    step: int = 0
+    total_steps: int = 0
+    numbers: tuple[str, ...] = ()
+    done: float | None = None
+    total: float | None = None
+
+    @property
+    def text(self) -> str:
+        """``step 3/6, loss 1.2345``; empty while nothing is trained."""
+        return ", ".join([f"step {self.step}/{self.total_steps}", *self.numbers]) if self.total_steps else ""
+
+
 class View(Protocol):
     """Shows the latest progress; ``say`` prints a sentence without disturbing it."""
 
@@ -35,7 +54,7 @@ class View(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
-    def show(self, progress: Progress) -> None: ...
+    def show(self, now: Snapshot) -> None: ...
     def say(self, sentence: str) -> None: ...
 
 
@@ -60,6 +79,15 @@ def phase_words(progress: Progress) -> str:
         if progress.done is not None and progress.total:
             words += f" ({100 * progress.done / progress.total:.0f} %)"
     return words + (f" (attempt {progress.attempt})" if progress.attempt > 1 else "")
+
+
+def snapshot(progress: Progress) -> Snapshot:
+    """What a launcher's ``/progress`` says."""
+    beat = leading_rank(progress)
+    kind = "loop" if progress.phase in {Phase.TRAINING, Phase.EVALUATING, Phase.CHECKPOINTING} else progress.phase.value
+    if beat is None or not beat.total_steps:
+        return Snapshot(kind, phase_words(progress), done=progress.done, total=progress.total)
+    return Snapshot(kind, phase_words(progress), beat.step, beat.total_steps, tuple(numbers(beat)))
 
 
 def eta_seconds(beat: Heartbeat) -> float | None:
@@ -109,22 +137,15 @@ class LineView:
     def __exit__(self, *_: object) -> None:
         return None
 
-    def show(self, progress: Progress) -> None:
-        beat = leading_rank(progress)
-        step = beat.step if beat else 0
-        stride = max(1.0, LINE_EVERY_FRACTION * beat.total_steps) if beat and beat.total_steps else float("inf")
-        # evaluating and checkpointing are part of training: no line for every switch
-        kind = "loop" if progress.phase in {Phase.TRAINING, Phase.EVALUATING, Phase.CHECKPOINTING} else progress.phase
-        now = time.monotonic()
-        waited = now - self._said_at
-        moved = step - self._said[1] >= stride and waited >= LINE_APART_SECONDS
-        if kind == self._said[0] and not moved and waited < LINE_EVERY_SECONDS:
+    def show(self, now: Snapshot) -> None:
+        stride = max(1.0, LINE_EVERY_FRACTION * now.total_steps) if now.total_steps else float("inf")
+        at = time.monotonic()
+        waited = at - self._said_at
+        moved = now.step - self._said[1] >= stride and waited >= LINE_APART_SECONDS
+        if now.kind == self._said[0] and not moved and waited < LINE_EVERY_SECONDS:
             return
-        self._said, self._said_at = (kind, step), now
-        parts = [phase_words(progress)]
-        if beat and beat.total_steps:
-            parts += [f"step {beat.step}/{beat.total_steps}", *numbers(beat)]
-        self.say(", ".join(parts))
+        self._said, self._said_at = (now.kind, now.step), at
+        self.say(f"{now.words}, {now.text}" if now.text else now.words)
 
     def say(self, sentence: str) -> None:
         print(sentence, file=self._stream, flush=True)
@@ -157,26 +178,16 @@ class BarView:
         if self._bar is not None:
             self._bar.stop()
 
-    def show(self, progress: Progress) -> None:
+    def show(self, now: Snapshot) -> None:
         assert self._bar is not None
-        beat = leading_rank(progress)
-        if beat and beat.total_steps:
-            text = ", ".join([f"step {beat.step}/{beat.total_steps}", *numbers(beat)])
-            self._bar.update(
-                self._task,
-                description=phase_words(progress),
-                completed=beat.step,
-                total=beat.total_steps,
-                numbers=text,
-            )
-        else:
-            self._bar.update(
-                self._task,
-                description=phase_words(progress),
-                completed=progress.done or 0.0,
-                total=progress.total,
-                numbers="",
-            )
+        trains = now.total_steps > 0
+        self._bar.update(
+            self._task,
+            description=now.words,
+            completed=now.step if trains else now.done or 0.0,
+            total=now.total_steps if trains else now.total,
+            numbers=now.text,
+        )
 
     def say(self, sentence: str) -> None:
         assert self._bar is not None

@@ -37,7 +37,9 @@ class RunResult(SchemaModel):
     artifacts: Artifacts | None = None
     metrics: dict[str, float] = {}
     report_path: str | None = None
-    run_directory: str
+    run_directory: str | None = None  # of a local run
+    job: str | None = None  # namespace/name, of a run in a cluster
+    fetched_to: str | None = None
     last_lines: tuple[str, ...] = ()
     plan: Plan | None = None
 

@@ -15,7 +15,8 @@ from tests.builders import build_model, conversations, write_jsonl
 from tests.unit.client.client_rig import COMMAND, finetune, write_manifest
 from tests.unit.trainer.report_builders import make_report
 
-from finetune.cli import credential_notes, main
+from finetune.cli import main
+from finetune.commands import credential_notes
 from finetune.manifests import read_job, resolve_relative_uris
 from finetune.progress_view import duration
 from finetune.result import decisive

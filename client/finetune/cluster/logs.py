@@ -1,0 +1,263 @@
+"""``finetune logs``: one node's (or rank's) output, followed across restarts, replaced pods and broken connections."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kubernetes.client.exceptions import ApiException
+from kubernetes.stream import stream
+from urllib3.exceptions import HTTPError
+from websocket import WebSocketException
+
+from finetune.cluster import rank_log
+from finetune.cluster.api import CONNECT_SECONDS, OUTAGE_SECONDS, Cluster
+from finetune.cluster.errors import ClusterError, JobNotFound, Request, is_transient, translate
+from finetune.cluster.job import Job
+from finetune.cluster.pods import CONTAINER, TrainerPod, trainer_pods
+
+LOG_DIRECTORY = "/work/run/logs"
+_POLL_SECONDS = 1.0
+_SILENCE_SECONDS = 60.0  # a stream without a line for so long is opened anew: the connection may be dead
+_OVERLAP_SECONDS = 5
+
+
+@dataclass
+class Reader:
+    """Where the output goes, and what was asked for. ``tail`` counts lines of the first pod only."""
+
+    write: Callable[[str], None]  # one line of the log
+    say: Callable[[str], None]  # a sentence about it
+    follow: bool = True
+    tail: int | None = None
+
+
+@dataclass
+class _Position:
+    """What has been read of one container's log."""
+
+    stamp: str = ""  # time of the newest line, as the kubelet wrote it
+    at_stamp: int = 0  # lines of that very time
+    read_at: float = field(default_factory=time.monotonic)
+    bytes: int = 0  # of a rank's files
+
+
+def node_of_rank(job: Job, rank: int) -> int:
+    """The node rank that runs ``rank``.
+
+    Raises:
+        ClusterError: the job has fewer ranks.
+    """
+    world = job.nodes * job.processes_per_node
+    if not 0 <= rank < world:
+        raise ClusterError(
+            f"the FineTuneJob '{job.name}' has no rank {rank}",
+            f"its ranks are 0 to {world - 1}" if world > 1 else "name rank 0",
+        )
+    return rank // job.processes_per_node
+
+
+def print_logs(cluster: Cluster, name: str, rank: int, reader: Reader) -> None:
+    """Print the output of ``rank`` until the job has ended (``reader.follow``), else what there is now.
+
+    Rank 0 writes to its pod's standard output, beside the launcher; other ranks write to files in their pods, which
+    are read through exec while the pod runs.
+    """
+    job = cluster.job(name)
+    index = node_of_rank(job, rank)
+    if not reader.follow:
+        return _print_now(cluster, job, rank, reader)
+    seen: dict[str, _Position] = {}
+    done: set[str] = set()
+    waited_for = ""
+    while True:
+        pod = _next_pod(cluster, job, index, done)
+        if pod is not None and pod.started:
+            if pod.uid not in seen:
+                reader.say(_title(pod))
+            if _read_pod(cluster, pod, rank, seen.setdefault(pod.uid, _Position()), reader):
+                done.add(pod.uid)
+            reader.tail = None
+            continue
+        fresh = _again(cluster, job)
+        if fresh is None:
+            return reader.say(f"the FineTuneJob '{name}' was deleted")
+        if fresh.ended is not None:
+            return reader.say(_ended(fresh, bool(seen)))
+        if (words := _waiting(fresh, pod)) != waited_for:
+            reader.say(words)
+            waited_for = words
+        time.sleep(_POLL_SECONDS)
+
+
+def _print_now(cluster: Cluster, job: Job, rank: int, reader: Reader) -> None:
+    pods = [pod for pod in trainer_pods(cluster.pods(job), node_of_rank(job, rank)) if pod.started]
+    if not pods:
+        gone = "; its pods are gone and their output with them" if job.ended else ""
+        raise ClusterError(f"the FineTuneJob '{job.name}' has no output; it is {job.state}{gone}", job.message)
+    for pod in pods:
+        if len(pods) > 1:
+            reader.say(_title(pod))
+        _read_pod(cluster, pod, rank, _Position(), reader)
+
+
+def _title(pod: TrainerPod) -> str:
+    return f"--- pod {pod.name}" + (f" on node {pod.node}" if pod.node else "") + " ---"
+
+
+def _waiting(job: Job, pod: TrainerPod | None) -> str:
+    reason = (pod.waiting if pod else "") or job.message
+    return f"waiting: {job.state}" + (f": {reason}" if reason else "")
+
+
+def _ended(job: Job, shown: bool) -> str:
+    said = f": {job.message}" if job.message else ""
+    gone = "" if shown else "; its pods are gone and their output with them"
+    return f"the FineTuneJob '{job.name}' is {job.ended}{said}{gone}"
+
+
+def _next_pod(cluster: Cluster, job: Job, index: int, done: set[str]) -> TrainerPod | None:
+    """The oldest pod of this node that was not read to its end."""
+    listed = _patiently(lambda: cluster.pods(job))
+    return next((pod for pod in trainer_pods(listed, index) if pod.uid not in done), None)
+
+
+def _again(cluster: Cluster, job: Job) -> Job | None:
+    try:
+        fresh = _patiently(lambda: cluster.job(job.name))
+    except JobNotFound:
+        return None
+    return fresh if fresh.uid == job.uid else None
+
+
+def _patiently(look: Callable[[], Any]) -> Any:
+    """Ask again while the API server is away, for OUTAGE_SECONDS."""
+    until = time.monotonic() + OUTAGE_SECONDS
+    while True:
+        try:
+            return look()
+        except ClusterError as error:
+            cause = error.__cause__
+            if not isinstance(cause, Exception) or not is_transient(cause) or time.monotonic() > until:
+                raise
+            time.sleep(_POLL_SECONDS)
+
+
+def _read_pod(cluster: Cluster, pod: TrainerPod, rank: int, position: _Position, reader: Reader) -> bool:
+    """Print until the stream ends; true once nothing more can come from this pod."""
+    by_exec = rank != 0 and not pod.ended
+    if rank != 0 and pod.ended:
+        if position.bytes:
+            return True
+        reader.say(f"rank {rank}'s own file is gone with its pod; this is the output of the launcher there")
+    try:
+        lines = _rank_lines if by_exec else _lines
+        for line in lines(cluster, pod, rank, position, reader):
+            reader.write(line)
+    except (ApiException, HTTPError, OSError, WebSocketException) as error:
+        if isinstance(error, ApiException) and error.status == 404:  # the pod is gone
+            return True
+        waiting = isinstance(error, ApiException) and error.status == 400  # its container is about to start
+        if not waiting and isinstance(error, ApiException) and not is_transient(error):
+            request = Request(
+                *(("create", "pods/exec") if by_exec else ("get", "pods/log")), cluster.namespace, pod.name
+            )
+            raise translate(error, request, cluster.connection.server) from error
+        if not reader.follow:
+            raise ClusterError(f"the output of pod {pod.name} cannot be read: {_words(error)}", "try again") from error
+        time.sleep(_POLL_SECONDS)
+        return False
+    return pod.ended
+
+
+def _words(error: Exception) -> str:
+    return str(getattr(error, "reason", "") or error)
+
+
+def _lines(cluster: Cluster, pod: TrainerPod, _rank: int, position: _Position, reader: Reader) -> Iterator[str]:
+    """New lines of the pod's standard output. A stream that is taken up again overlaps; lines known are left out."""
+    options: dict[str, Any] = {}
+    if position.stamp:
+        options["since_seconds"] = math.ceil(time.monotonic() - position.read_at) + _OVERLAP_SECONDS
+    elif reader.tail is not None:
+        options["tail_lines"] = reader.tail
+    answer: Any = cluster.core.read_namespaced_pod_log(
+        pod.name,
+        cluster.namespace,
+        container=CONTAINER,
+        follow=reader.follow and not pod.ended,
+        timestamps=True,
+        _preload_content=False,
+        _request_timeout=(CONNECT_SECONDS, _SILENCE_SECONDS),
+        **options,
+    )
+    try:
+        if answer.status != 200:
+            refused = ApiException(status=answer.status, reason=answer.reason)
+            refused.body = answer.read().decode("utf-8", errors="replace")
+            raise refused
+        yield from new_lines(_split(answer.stream(4096, decode_content=False)), position)
+    finally:
+        answer.close()
+        answer.release_conn()
+
+
+def _split(chunks: Iterator[bytes]) -> Iterator[str]:
+    rest = b""
+    for chunk in chunks:
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from (line.decode("utf-8", errors="replace") for line in lines)
+    if rest:
+        yield rest.decode("utf-8", errors="replace")
+
+
+def new_lines(stamped: Iterator[str], position: _Position) -> Iterator[str]:
+    """Lines after ``position``, without their times; several lines may share one time."""
+    known, skipped = (position.stamp, position.at_stamp), 0
+    for line in stamped:
+        stamp, _, text = line.partition(" ")
+        if stamp < known[0]:
+            continue
+        if stamp == known[0] and skipped < known[1]:
+            skipped += 1
+            continue
+        position.at_stamp = position.at_stamp + 1 if stamp == position.stamp else 1
+        position.stamp, position.read_at = stamp, time.monotonic()
+        yield text
+
+
+def _rank_lines(cluster: Cluster, pod: TrainerPod, rank: int, position: _Position, reader: Reader) -> Iterator[str]:
+    """New lines of a rank's own log files in a running pod."""
+    program = Path(rank_log.__file__).read_text(encoding="utf-8")
+    mode = "follow" if reader.follow else "once"
+    socket: Any = stream(
+        cluster.core.connect_get_namespaced_pod_exec,
+        pod.name,
+        cluster.namespace,
+        container=CONTAINER,
+        command=["python", "-u", "-c", program, LOG_DIRECTORY, str(rank), str(position.bytes), mode],
+        stdout=True,
+        stderr=True,
+        stdin=False,
+        tty=False,
+        binary=True,
+        _preload_content=False,
+    )
+    rest, heard_at = b"", time.monotonic()
+    try:
+        while socket.is_open() and time.monotonic() - heard_at < _SILENCE_SECONDS:
+            socket.update(timeout=_POLL_SECONDS)
+            chunk = socket.read_stdout(timeout=0)
+            heard_at = time.monotonic() if chunk else heard_at
+            *lines, rest = (rest + chunk).split(b"\n")
+            for line in lines:
+                position.bytes += len(line) + 1
+                yield line.decode("utf-8", errors="replace")
+        if rest and not reader.follow:
+            yield rest.decode("utf-8", errors="replace")
+    finally:
+        socket.close()
