@@ -7,7 +7,7 @@
     server.py build                                         print the path of the server's binary
 
 The binary is taken from PATH or built once with Go into ${FINETUNE_TOOLS_CACHE:-~/.cache/finetune-tools}.
-It listens on 127.0.0.1 only. Needs nothing but the standard library.
+It listens on 127.0.0.1 only (deploy/local/cluster gives another address). Needs nothing but the standard library.
 """
 
 from __future__ import annotations
@@ -88,11 +88,12 @@ class S3Server:
     access_key: str = field(default_factory=lambda: "AK" + secrets.token_hex(9).upper())
     secret_key: str = field(default_factory=lambda: secrets.token_urlsafe(30), repr=False)
     port: int = 0
+    address: str = "127.0.0.1"
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
     @property
     def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.address}:{self.port}"
 
     @property
     def environment(self) -> dict[str, str]:
@@ -141,7 +142,7 @@ class S3Server:
             "VGW_REGION": REGION,
             "GOMEMLIMIT": "512MiB",
         }
-        address = f"127.0.0.1:{port}"
+        address = f"{self.address}:{port}"
         command = [str(executable), "--quiet", "--port", address, "--health", "/healthz", "--keep-alive", "posix"]
         command += ["--sidecar", str(self.directory / "metadata"), str(self.directory / "buckets")]
         with (self.directory / "server.log").open("ab") as log:
@@ -154,7 +155,7 @@ class S3Server:
         assert self.process is not None
         while time.monotonic() < deadline and self.process.poll() is None:
             try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=1.0):
+                with urllib.request.urlopen(f"http://{self.address}:{port}/healthz", timeout=1.0):
                     return self.process.poll() is None
             except (urllib.error.URLError, OSError):
                 time.sleep(0.05)

@@ -1,0 +1,77 @@
+"""Image stores of the nodes: hard-linked copies of one golden containerd root, so that gigabytes cost nothing."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from deploy.local.cluster import processes
+from deploy.local.cluster.layout import PAUSE_IMAGE, ClusterError, Layout, Node, tools_cache
+from deploy.local.cluster.oci import write_image
+from deploy.local.cluster.tools import build_program, program
+
+
+def golden() -> Path:
+    """A containerd root that holds every image of the cluster; made by ``images.py``, may be absent."""
+    return tools_cache() / "images" / "golden"
+
+
+def fill(layout: Layout, node: Node) -> None:
+    """Give a node that was never booted its own copy of the golden store; without one it starts empty.
+
+    Content and layers are never changed in place, so they are links; databases are, so they are real copies.
+    """
+    store = layout.node_disk(node) / "containerd"
+    if store.exists() or not golden().is_dir():
+        return
+    processes.run("cp", "--archive", "--link", golden(), store)
+    for database in store.rglob("*.db"):
+        original = golden() / database.relative_to(store)
+        database.unlink()
+        shutil.copy2(original, database)
+
+
+def load(layout: Layout, archive: Path, nodes: tuple[Node, ...] | None = None) -> None:
+    """Import an image archive (OCI or docker) into running nodes.
+
+    Raises:
+        ClusterError: the archive is none, or a node is off.
+    """
+    for node in nodes or layout.nodes:
+        socket = layout.containerd_socket(node)
+        processes.run(program("ctr"), "-a", socket, "-n", "k8s.io", "images", "import", "--local", archive)
+
+
+def images(layout: Layout, node: Node) -> list[str]:
+    """Names of the images that a running node has."""
+    listed = processes.run(
+        program("ctr"), "-a", layout.containerd_socket(node), "-n", "k8s.io", "images", "ls", "--quiet"
+    )
+    return sorted(line for line in listed.split() if not line.startswith("sha256:"))
+
+
+def ensure_pause(layout: Layout) -> None:
+    """Without the pause image no pod starts: import one into nodes that lack it.
+
+    Raises:
+        ClusterError: it cannot be built.
+    """
+    for node in layout.nodes:
+        processes.wait_until(
+            layout.containerd_socket(node).exists,
+            20,
+            f"containerd of {node.name} does not start",
+            layout.node_state(node) / "log" / "containerd.log",
+        )
+        if golden().is_dir() and PAUSE_IMAGE not in images(layout, node):
+            raise ClusterError(f"The image store {golden()} lacks {PAUSE_IMAGE}; remove the directory and build again.")
+        if not golden().is_dir():
+            load(layout, pause_archive(), (node,))
+
+
+def pause_archive() -> Path:
+    """An archive of the pause image, built once."""
+    archive = tools_cache() / "pause-1" / "image.tar"
+    if not archive.is_file():
+        write_image(archive, PAUSE_IMAGE, build_program("pause", "1"), user="65535:65535")
+    return archive

@@ -1,0 +1,3 @@
+module finetune.dev/tools/pause
+
+go 1.25

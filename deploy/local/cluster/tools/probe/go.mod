@@ -1,0 +1,3 @@
+module finetune.dev/tools/probe
+
+go 1.25
