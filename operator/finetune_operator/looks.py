@@ -41,4 +41,4 @@ def is_over(job: JobView | None) -> bool:
 
 
 def _runs(resource: Mapping[str, Any]) -> bool:
-    return resource.get("status", {}).get("state") == "Running"
+    return bool(resource.get("status", {}).get("state") == "Running")

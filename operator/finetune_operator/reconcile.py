@@ -21,6 +21,7 @@ from finetune_api.trainer_config import JobIdentity
 from finetune_api.validation import Place, parse_spec
 from finetune_operator.build import build_children
 from finetune_operator.derive import derive, derive_invalid, is_settled
+from finetune_operator.events import tell
 from finetune_operator.gather import Gatherer
 from finetune_operator.kube import FIELD_MANAGER, FINETUNEJOBS, JOBS, PODS, PROGRESS_MANAGER, Kube
 from finetune_operator.logs import log_of
@@ -30,7 +31,6 @@ from finetune_operator.observe import JobView, Observed
 from finetune_operator.policy import policy_problems
 from finetune_operator.settings import OperatorSettings
 from finetune_operator.store import Entry, Store
-from finetune_operator.story import tell
 from finetune_operator.verdict import DeletePod, DeleteResource, Verdict
 from finetune_operator.workqueue import Key
 
