@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 from finetune_operator.derive import is_settled, wants_pods
-from finetune_operator.observe import JobView, parse_time
+from finetune_operator.observe import JobView
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,6 @@ def wanted(resource: Mapping[str, Any], job: JobView | None, now: datetime, know
     lives = job.active > 0 and not job.suspended
     pods = wants_pods(resource, job, now) or (lives and job.ready >= job.nodes and not knows_pods and _runs(resource))
     return Wanted(pods, lives and (pods or knows_pods))
-
-
-def expires(resource: Mapping[str, Any]) -> datetime | None:
-    """When a finished job is to be removed (``runPolicy.ttlSecondsAfterFinished``); ``None``: never."""
-    seconds = resource.get("spec", {}).get("runPolicy", {}).get("ttlSecondsAfterFinished")
-    ended = parse_time(resource.get("status", {}).get("completionTime"))
-    return ended + timedelta(seconds=seconds) if seconds is not None and ended is not None else None
 
 
 def is_over(job: JobView | None) -> bool:

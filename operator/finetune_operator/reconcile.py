@@ -9,23 +9,22 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from finetune_api.errors import SpecError
 from finetune_api.plan import Facts, Plan
 from finetune_api.planner import make_plan
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import FineTuneJobStatus
 from finetune_api.trainer_config import JobIdentity
 from finetune_api.validation import Place, parse_spec
 from finetune_operator.build import build_children
-from finetune_operator.derive import derive, derive_invalid, is_settled
+from finetune_operator.derive import derive, derive_invalid, dump, is_settled, seconds_to_live
 from finetune_operator.events import tell
 from finetune_operator.gather import Gatherer
 from finetune_operator.kube import FIELD_MANAGER, FINETUNEJOBS, JOBS, PODS, PROGRESS_MANAGER, Kube
 from finetune_operator.logs import log_of
-from finetune_operator.looks import expires, is_over
+from finetune_operator.looks import is_over
 from finetune_operator.metrics import JOB_SECONDS, RECONCILE_SECONDS, RESTARTS, STATUS_WRITES
 from finetune_operator.observe import JobView, Observed
 from finetune_operator.policy import policy_problems
@@ -112,14 +111,14 @@ class Reconciler:
     async def _write(self, entry: Entry, verdict: Verdict) -> None:
         """One merge patch with what changed, refused if the job has changed meanwhile; then the events."""
         before = entry.resource.get("status", {})
-        after = as_json(verdict.status)
+        after = dump(verdict.status)
         changed = {name: after.get(name) for name in {*before, *after} if before.get(name) != after.get(name)}
         if changed:
             manager = PROGRESS_MANAGER if changed.keys() <= _PROGRESS_FIELDS else FIELD_MANAGER
             written = await self.kube.merge(FINETUNEJOBS, entry.resource, {"status": changed}, "status", manager)
             STATUS_WRITES.inc()
             self.store.saw_resource(written)
-            _count(before, after)
+            _count(entry.resource, before, after)
         await tell(self.kube, entry.resource, verdict.events)
 
     async def _obey(self, key: Key, entry: Entry, verdict: Verdict) -> None:
@@ -141,10 +140,11 @@ class Reconciler:
     async def _settle(self, key: Key, entry: Entry) -> float | None:
         """The job has ended: nothing of it may still run; forget all but its name."""
         await self._stop_job(key)
-        status, until = entry.resource.get("status", {}), expires(entry.resource)
+        status, now = entry.resource.get("status", {}), datetime.now(UTC)
+        left = seconds_to_live(entry.resource, now)
         log_of(entry.resource).info("%s: %s", status.get("state"), status.get("message"))
-        self.store.settle(key, until)
-        return max(0.0, (until - datetime.now(UTC)).total_seconds()) if until else None
+        self.store.settle(key, None if left is None else now + timedelta(seconds=left))
+        return None if left is None else max(0.0, left)
 
     async def _expire(self, entry: Entry) -> float | None:
         if entry.expires is None:
@@ -171,21 +171,17 @@ def plan_of(resource: Mapping[str, Any], settings: OperatorSettings) -> tuple[Fi
     return spec, make_plan(spec, Facts(), identity)
 
 
-def as_json(status: FineTuneJobStatus) -> dict[str, Any]:
-    return status.model_dump(mode="json", by_alias=True, exclude_none=True)
-
-
 def _with_job(observed: Observed, job: JobView | None) -> Observed:
     return Observed(observed.resource, observed.now, job, observed.pods, observed.complaints, observed.progress)
 
 
-def _count(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+def _count(resource: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
     """Metrics of what the status says for the first time."""
     told = {entry["cause"]: entry["count"] for entry in before.get("restarts") or ()}
     for entry in after.get("restarts") or ():
         RESTARTS.labels(cause=entry["cause"]).inc(max(0, entry["count"] - told.get(entry["cause"], 0)))
     if after.get("state") != before.get("state") and after.get("state") in {"Complete", "Failed"}:
-        begun, ended = after.get("startTime"), after.get("completionTime")
-        if begun and ended:
-            seconds = (datetime.fromisoformat(ended) - datetime.fromisoformat(begun)).total_seconds()
-            JOB_SECONDS.labels(outcome=after["state"]).observe(max(0.0, seconds))
+        seconds = (
+            datetime.now(UTC) - datetime.fromisoformat(resource["metadata"]["creationTimestamp"])
+        ).total_seconds()
+        JOB_SECONDS.labels(outcome=after["state"]).observe(max(0.0, seconds))
