@@ -170,7 +170,8 @@ def _copied(metadata: Mapping[str, Any]) -> Iterator[Problem]:
     for field in ("labels", "annotations"):
         entries = copied_from(metadata, field)
         size = sum(len(key.encode()) + len(value.encode()) for key, value in entries.items())
-        rule = f"has {len(entries)} entries ({format_bytes(size)}) that are copied to the Job"
+        noun = "entry" if len(entries) == 1 else "entries"
+        rule = f"has {len(entries)} {noun} ({format_bytes(size)}) to be copied to the Job"
         if len(entries) > MOST_COPIED or size > MOST_COPIED_BYTES:
             remedy = (
                 f"keep at most {MOST_COPIED} and {format_bytes(MOST_COPIED_BYTES)} of finetune.dev/ and kueue.x-k8s.io/"

@@ -129,11 +129,22 @@ SHAPES: dict[str, tuple[dict[str, Any], OperatorSettings]] = {
     "two Secrets, endpoints listed": (
         smallest(
             model={"uri": "hf://org/model", "credentials": {"secretName": "hub"}, "endpoint": "https://hub.example"},
-            dataset={"train": [{"uri": "gs://data/x.jsonl", "credentials": {"secretName": "data"}}]},
+            dataset={
+                "train": [
+                    {
+                        "uri": "gs://data/x.jsonl",
+                        "credentials": {"secretName": "data"},
+                        "endpoint": "https://gs.example",
+                    }
+                ]
+            },
             output={"uri": "s3://out/x", "credentials": {"secretName": "out"}, "endpoint": "https://s3.example"},
         ),
         OperatorSettings.model_validate(
-            {"trainerImage": IMAGE, "uris": {"endpoints": ["https://s3.example", "https://hub.example"]}}
+            {
+                "trainerImage": IMAGE,
+                "uris": {"endpoints": ["https://s3.example", "https://hub.example", "https://gs.example"]},
+            }
         ),
     ),
     "suspended, with a deadline": (
