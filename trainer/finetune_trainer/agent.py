@@ -81,6 +81,7 @@ class TrainerAgent(SimpleElasticAgent):
         self.outcome = Outcome(ExitClass.INTERNAL_ERROR)
         self._group: RankGroup | None = None
         self._attempt_store: AttemptStore | None = None
+        self._gang = ""
         self._failed_at: float | None = None
         self._said_done = False
         self._memory_kills_before = 0
@@ -90,6 +91,9 @@ class TrainerAgent(SimpleElasticAgent):
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         """Meet the other nodes, number the ranks, agree where their process group will meet."""
         spec = worker_group.spec
+        if self.status.gang:  # nothing failed here: a launcher that was replaced waits for us
+            lost = "another launcher was lost and came back"
+            self.status.end_attempt(self.status.describe_attempt(ExitClass.COMMUNICATION_FAILED, lost))
         self.status.watched(None)
         self.status.enter(Phase.RENDEZVOUS, f"waiting for {spec.rdzv_handler.settings.min_nodes} node(s)")
         with self.stop.interruptible():
@@ -97,6 +101,7 @@ class TrainerAgent(SimpleElasticAgent):
             store = AttemptStore(info, self.settings.node_rank)
             position = store.node_position()
             worker_group.master_addr, worker_group.master_port = store.worker_endpoint(position, self.settings.address)
+            self._gang = store.gang()
         self._attempt_store, self._store = store, info.store
         worker_group.store = info.store
         worker_group.group_rank, worker_group.group_world_size = position, info.world_size
@@ -110,7 +115,7 @@ class TrainerAgent(SimpleElasticAgent):
         self._failed_at, self._said_done = None, False
         self._memory_kills_before = self.settings.count_memory_kills() or 0
         progress.clear(self.settings.work_directory)
-        self.status.attempt += 1
+        self.status.begin_attempt(self._gang)
         self.status.restarts = worker_group.spec.max_restarts - self._remaining_restarts
         self.status.enter(Phase.LOADING_MODEL)
         group = RankGroup(self.settings.command, next_attempt_directory(self.settings.log_directory))
@@ -211,14 +216,27 @@ class TrainerAgent(SimpleElasticAgent):
         """Stop everything; torchrun restarts while restarts remain, so take them away from a final failure."""
         self.outcome = Outcome(failure.exit_class, guilty=failure)
         log.error("rank %d failed (%s): %s", failure.rank, failure.exit_class.value, failure.message)
-        if not failure.exit_class.restartable:
+        if self._by_another_launcher(failure):
+            self._remaining_restarts += 1  # of the job's owner or its cluster: not counted
+            self.status.end_attempt(self.status.describe_attempt(failure.exit_class, failure.message, failure))
+            log.warning("another launcher is being stopped: waiting for its replacement")
+        elif not failure.exit_class.restartable:
             self._remaining_restarts = 0
         elif self._remaining_restarts > 0:
+            self.status.end_attempt(self.status.describe_attempt(failure.exit_class, failure.message, failure))
             done, allowed = self.status.restarts + 1, self.settings.max_restarts
             log.warning("restarting all ranks from the newest whole checkpoint (restart %d of %d)", done, allowed)
         self._wind_down(self.settings.failure_grace_seconds)
         self.outcome.ends = progress.read_ends(self.settings.work_directory)
         return RunResult(WorkerState.FAILED)
+
+    def _by_another_launcher(self, failure: Failure) -> bool:
+        """Whether the ranks ended because one of them was asked to, and it was not this launcher that asked.
+
+        Ranks agree on stopping, so all of them have written the checkpoint. This node keeps its model and its data.
+        """
+        assert self._attempt_store is not None
+        return _by_request(failure) and self._attempt_store.nodes > 1
 
     def _stop_on_request(self) -> RunResult:
         """SIGTERM or Ctrl-C: the ranks write a checkpoint and end; the whole grace period is theirs."""

@@ -25,6 +25,7 @@ from finetune_api.exits import Cause, ExitClass
 from finetune_api.report import JobResult, Phase, Termination
 from finetune_api.trainer_config import TrainerConfig
 from finetune_trainer import progress, termination
+from finetune_trainer.failures import Failure
 from finetune_trainer.http import StatusServer
 from finetune_trainer.preparation import prepare_node
 from finetune_trainer.status import LauncherStatus
@@ -52,6 +53,7 @@ class Launcher:
     def __post_init__(self) -> None:
         self.work = Path(self.config.work_directory)
         self.status = LauncherStatus(self.config.job, self.node_rank, self.work)
+        self.guilty: Failure | None = None
 
     def run(self) -> int:
         """Run to the end; the exit code."""
@@ -72,8 +74,16 @@ class Launcher:
                 if not isinstance(error, FineTuneError):
                     log.exception("defect in the launcher")
                 ended = termination.refused(error)
+            ended = self._with_attempts(ended)
             self._say(ended)
         return ended.exit_code
+
+    def _with_attempts(self, ended: Termination) -> Termination:
+        """With the attempts before, and the one that this end belongs to, for the ledger of the job."""
+        attempts = self.status.ended
+        if self.status.gang and ended.exit_class != ExitClass.COMPLETED:
+            attempts = (*attempts, self.status.describe_attempt(ended.exit_class, ended.message, self.guilty))
+        return ended.model_copy(update={"gang": self.status.gang, "ended": attempts})
 
     def _train(self) -> Termination:
         with self.stop.interruptible():
@@ -88,6 +98,7 @@ class Launcher:
         from finetune_trainer.attempts import run_attempts
 
         outcome = run_attempts(self, (*self.command, str(worker_json)), Path(worker_config.log_directory))
+        self.guilty = outcome.guilty
         heartbeats = progress.read_heartbeats(self.work)
         plan = worker_config.trainer.plan
         if outcome.exit_class != ExitClass.COMPLETED:

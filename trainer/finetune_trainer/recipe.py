@@ -110,6 +110,7 @@ class Run:
             for sentence in restored.skipped:
                 self._say(sentence)
             self._note_attempt({"resumedFromStep": self.state.step, "skipped": list(restored.skipped)})
+        self.heartbeat.update(step=self.state.step, resumed_from_step=self.state.step)
         self.flops = FlopCounter(self.loaded.module.model, self.plan.method, self.loaded.sizes, set(self.loaded.rules))
         self.peak_flops = peak_flops(self.context.device)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import socket
 import time
 from collections.abc import Callable
@@ -103,6 +104,10 @@ class AttemptStore:
         self._store.wait(["worker_endpoint"], self._TIMEOUT)
         host, port = self._store.get("worker_endpoint").decode().split(" ")
         return host, int(port)
+
+    def gang(self) -> str:
+        """A word that names this attempt, the same on every launcher."""
+        return self._store.compare_set("gang", "", secrets.token_hex(4)).decode()
 
     def agree_on_failure(self, text: str) -> str:
         """Propose the guilty rank; the first proposal stands for every launcher."""

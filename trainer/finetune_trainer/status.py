@@ -7,12 +7,16 @@ import threading
 import time
 from pathlib import Path
 
+from finetune_api.exits import ExitClass
 from finetune_api.plan import Plan
-from finetune_api.report import Phase, Progress
+from finetune_api.report import EndedAttempt, Phase, Progress
 from finetune_api.trainer_config import JobIdentity
+from finetune_trainer.failures import Failure
 from finetune_trainer.progress import read_heartbeats
 
 UNHEALTHY_AFTER_SECONDS = 60.0
+KEPT_ATTEMPTS = 5
+MESSAGE_LENGTH = 200  # of an ended attempt: several travel in a termination message
 
 
 class LauncherStatus:
@@ -26,6 +30,9 @@ class LauncherStatus:
         self.attempt = 0
         self.restarts = 0
         self.stopping = False
+        self.gang = ""  # of the running attempt
+        self.attempt_started_at = 0.0
+        self.ended: tuple[EndedAttempt, ...] = ()  # attempts after which the ranks were started again
         self.started_at = time.time()
         self._lock = threading.Lock()
         self._phase: tuple[Phase, str, float | None, float | None] = (Phase.FETCHING_MODEL, "", None, None)
@@ -39,6 +46,34 @@ class LauncherStatus:
     def watched(self, now: float | None) -> None:
         """The agent looked at its ranks at ``now`` (``time.monotonic()``); ``None``: it is not supposed to look."""
         self._watched_at = now
+
+    def begin_attempt(self, gang: str) -> None:
+        """The launchers have met: all ranks start."""
+        self.attempt += 1
+        self.gang, self.attempt_started_at = gang, time.time()
+
+    def end_attempt(self, end: EndedAttempt) -> None:
+        """Remember an attempt after which the ranks are started again."""
+        self.ended = (*self.ended, end)[-KEPT_ATTEMPTS:]
+        self.gang = ""
+
+    def describe_attempt(self, exit_class: ExitClass, message: str, guilty: Failure | None = None) -> EndedAttempt:
+        """The running attempt as one that ended now. To be called before the heartbeats are forgotten."""
+        beats = read_heartbeats(self.work_directory).values()
+        steps = [beat.step for beat in beats] + ([guilty.step] if guilty and guilty.step is not None else [])
+        resumed = [beat.resumed_from_step for beat in beats if beat.resumed_from_step is not None]
+        return EndedAttempt(
+            gang=self.gang,
+            number=self.attempt,
+            started_at=self.attempt_started_at,
+            ended_at=(guilty.ended_at if guilty else 0.0) or time.time(),
+            exit_class=exit_class,
+            guilty_rank=guilty.rank if guilty else None,
+            guilty_node=guilty.node_rank if guilty else None,
+            resumed_from_step=min(resumed, default=None),
+            last_step=max(steps, default=None),
+            message=message if len(message) <= MESSAGE_LENGTH else message[: MESSAGE_LENGTH - 3] + "...",
+        )
 
     @property
     def healthy(self) -> bool:
@@ -63,6 +98,9 @@ class LauncherStatus:
             total=total,
             attempt=self.attempt,
             restarts=self.restarts,
+            gang=self.gang,
+            attempt_started_at=self.attempt_started_at if self.gang else 0.0,
+            ended=self.ended,
             stopping=self.stopping,
             ranks=heartbeats,
             plan=self.plan,

@@ -101,7 +101,8 @@ def _ended(exit_class: ExitClass, message: str, hint: str = "") -> Termination:
 
 
 def encode(termination: Termination, environment: Mapping[str, str] = os.environ) -> bytes:
-    """At most 4096 bytes of JSON. Dropped in this order: the plan, last lines from the oldest, ends of long texts.
+    """At most 4096 bytes of JSON. Dropped in this order: the plan, last lines but five, earlier attempts from the
+    oldest, the other last lines, ends of long texts.
 
     Values of environment variables that are named like secrets do not appear.
     """
@@ -109,16 +110,26 @@ def encode(termination: Termination, environment: Mapping[str, str] = os.environ
     if len(text := _dump(termination)) <= MAXIMUM_BYTES:
         return text
     termination = termination.model_copy(update={"plan": None})
-    while len(text := _dump(termination)) > MAXIMUM_BYTES and termination.last_lines:
-        first, *rest = termination.last_lines
-        kept = (*rest,) if rest else (_cut(first, len(first) // 2),) if len(first) > 80 else ()
-        termination = termination.model_copy(update={"last_lines": tuple(kept)})
+    termination = _fewer_lines(termination, least=5)
+    while len(_dump(termination)) > MAXIMUM_BYTES and len(termination.ended) > 1:
+        termination = termination.model_copy(update={"ended": termination.ended[1:]})
+    termination = _fewer_lines(termination, least=0)
+    text = _dump(termination)
     for field, length in _SHORTENED:
         if len(text) <= MAXIMUM_BYTES:
             break
         termination = termination.model_copy(update={field: _cut(getattr(termination, field), length)})
         text = _dump(termination)
     return text
+
+
+def _fewer_lines(termination: Termination, least: int) -> Termination:
+    """Without its oldest last lines, as many as it takes; the very last one is shortened first."""
+    while len(_dump(termination)) > MAXIMUM_BYTES and len(termination.last_lines) > least:
+        first, *rest = termination.last_lines
+        kept = (*rest,) if rest else (_cut(first, len(first) // 2),) if len(first) > 80 else ()
+        termination = termination.model_copy(update={"last_lines": tuple(kept)})
+    return termination
 
 
 def write(path: Path, termination: Termination) -> None:
@@ -149,6 +160,7 @@ def _redacted(termination: Termination, environment: Mapping[str, str]) -> Termi
         update={
             "message": clean(termination.message),
             "hint": clean(termination.hint),
+            "ended": tuple(end.model_copy(update={"message": clean(end.message)}) for end in termination.ended),
             "last_lines": tuple(clean(line) for line in termination.last_lines),
         }
     )

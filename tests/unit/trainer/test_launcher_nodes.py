@@ -136,3 +136,73 @@ def test_sigterm_while_waiting_for_the_other_node_ends_at_once(tmp_path: Path) -
     node.signal(signal.SIGTERM)
     assert node.wait(timeout=20) == 143
     assert node.termination().message == "stopped while the launcher was in phase Rendezvous; nothing is lost"
+
+
+STOP_TOGETHER = """
+    import torch
+    beat.update(phase=Phase.TRAINING, step=5, resumed_from_step=2)
+    dist = connect()
+    stopped = WORK.parent / "stopped"
+    while True:
+        votes = torch.tensor([float(stop.requested)])
+        dist.all_reduce(votes)
+        if votes:
+            stopped.touch()
+            end(ExitClass.INTERRUPTED, f"rank {RANK} was asked to stop")
+        if stopped.exists():
+            succeed()
+"""
+
+
+def test_a_launcher_whose_peer_is_stopped_waits_for_its_replacement(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, STOP_TOGETHER, nodes=2, ranks=1, max_restarts=0)
+    first, second = start_both(rig)
+    running = first.wait_for_phase(Phase.TRAINING)
+    assert (running.ended, running.attempt) == ((), 1)
+    assert running.gang == second.wait_for_phase(Phase.TRAINING).gang != ""
+    second.signal(signal.SIGTERM)
+    assert second.wait() == 143
+    said = second.termination()
+    assert (said.gang, [end.gang for end in said.ended]) == (running.gang, [running.gang])
+    replacement = rig.start(1)
+    assert (first.wait(90), replacement.wait(90)) == (0, 0)
+    completed = first.termination()
+    assert [end.gang for end in completed.ended] == [running.gang]
+    ended = completed.ended[0]
+    assert (ended.exit_class, ended.number) == (ExitClass.INTERRUPTED, 1)
+    assert (ended.resumed_from_step, ended.last_step) == (2, 5)
+    assert completed.gang not in ("", running.gang)
+    assert replacement.termination().gang == completed.gang
+
+
+def test_every_launcher_remembers_a_restart_in_place_by_the_same_word(tmp_path: Path) -> None:
+    script = """
+    beat.update(phase=Phase.TRAINING, step=4, resumed_from_step=0)
+    dist = connect()
+    dist.barrier()
+    if RANK == 1 and RESTART == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        dist.barrier()
+    except Exception as error:
+        end(ExitClass.COMMUNICATION_FAILED, str(error))
+    until_stopped()
+    end(ExitClass.INTERRUPTED)
+    """
+    first, second = start_both(Rig(tmp_path, script, nodes=2, ranks=1))
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        time.sleep(0.2)
+        pages = [node.progress() for node in (first, second) if (node.work / "launcher.json").exists()]
+        if [page.attempt for page in pages] == [2, 2] and all(page.ranks for page in pages):
+            break
+    assert [len(page.ended) for page in pages] == [1, 1]
+    ours, theirs = (page.ended[0] for page in pages)
+    assert ours.gang == theirs.gang not in ("", pages[0].gang)
+    assert pages[0].gang == pages[1].gang != ""
+    assert (ours.exit_class, ours.guilty_rank, ours.guilty_node) == (ExitClass.RANK_KILLED, 1, 1)
+    assert (ours.message, ours.last_step, ours.resumed_from_step) == ("rank 1 was killed by SIGKILL", 4, 0)
+    assert ours.ended_at == theirs.ended_at
+    for node in (first, second):
+        node.signal(signal.SIGTERM)
+    assert (first.wait(), second.wait()) == (143, 143)

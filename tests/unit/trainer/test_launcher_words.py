@@ -14,7 +14,7 @@ from tests.unit.trainer.launcher_rig import plan
 
 from finetune_api.errors import SpecError, StorageError
 from finetune_api.exits import ExitClass
-from finetune_api.report import Heartbeat, JobResult, Phase, RankEnd, Termination
+from finetune_api.report import EndedAttempt, Heartbeat, JobResult, Phase, RankEnd, Termination
 from finetune_trainer import progress, termination
 from finetune_trainer.container import out_of_memory_kills
 from finetune_trainer.failures import Failure, Outcome, classify, guilty, last_lines
@@ -111,6 +111,26 @@ def test_the_plan_goes_first_then_the_oldest_lines() -> None:
     assert back.message == "short"
     assert back.last_lines == tuple(lines)[-len(back.last_lines) :]
     assert len(back.last_lines) >= 20
+
+
+def test_earlier_attempts_go_before_the_last_five_lines_and_the_newest_one_stays() -> None:
+    attempts = tuple(
+        EndedAttempt(gang=f"{number:08x}", number=number, exit_class=ExitClass.RANK_KILLED, message="m" * 200)
+        for number in range(1, 6)
+    )
+    lines = tuple(f"line {number:03d} " + "x" * 600 for number in range(20))
+    said = Termination(
+        exit_class=ExitClass.INVALID_DATA,
+        exit_code=11,
+        message="short",
+        last_lines=lines,
+        ended=attempts,
+        gang="00000005",
+    )
+    back = Termination.model_validate_json(termination.encode(said, {}))
+    assert (back.message, back.gang, back.last_lines) == ("short", "00000005", lines[-5:])
+    assert back.ended == attempts[-len(back.ended) :]
+    assert len(back.ended) >= 1
 
 
 def test_values_of_secret_variables_do_not_appear() -> None:
