@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from finetune_api.exits import ExitClass
 from finetune_api.report import Phase, Termination
 from finetune_api.status import StatusArtifacts, StatusAttempt, StatusMetrics
 from finetune_operator.conditions import Say
@@ -33,7 +32,8 @@ class Judgement:
     look_again_seconds: float | None = None
     artifacts: StatusArtifacts | None = None
     metrics: StatusMetrics | None = None
-    ended: bool = field(default=False)
+    ended: bool = False  # for good
+    at_once: bool = False  # its message does not wait for the next page of progress
 
 
 Check = Callable[[Situation], Judgement | None]
@@ -157,6 +157,7 @@ def failed_by_the_job(at: Situation) -> Judgement | None:
             f"{over}; its pods write a checkpoint and end",
             {"Running": Say(False, reason, over), "Reconciling": Say(True, reason, over)},
             look_again_seconds=STOPPING_LOOK_SECONDS,
+            at_once=True,
         )
     checkpoint = at.checkpoint()
     kept = f"the checkpoint of step {checkpoint.step} is kept" if checkpoint else "no checkpoint was written"
@@ -335,5 +336,3 @@ CHECKS: tuple[Check, ...] = (
     running,
     pending,
 )
-
-__all__ = ["CHECKS", "ExitClass", "Judgement", "judge"]

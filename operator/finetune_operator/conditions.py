@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from finetune_api.status import Condition
-from finetune_operator.sentences import cut
 
 ORDER = (
     "Accepted",
@@ -47,7 +46,7 @@ def merge(before: Sequence[Condition], said: Mapping[str, Say], generation: int,
             type=kind,
             status=status,
             reason=say.reason,
-            message=cut(say.message, 4096),
+            message=say.message[:4096],
             observed_generation=generation,
             last_transition_time=known.last_transition_time if known and known.status == status else now,
         )

@@ -151,7 +151,7 @@ def _status(at: Situation, judgement: Judgement) -> FineTuneJobStatus:
 
 def _is_fresh(at: Situation, judgement: Judgement) -> bool:
     """Whether steps and losses may be written: at most once per interval while the state stays the same."""
-    if judgement.state != at.before.state or judgement.state not in {"Running", "Publishing"}:
+    if judgement.at_once or judgement.state != at.before.state or judgement.state not in {"Running", "Publishing"}:
         return True
     return at.view is not None and at.progress_due
 
