@@ -37,7 +37,7 @@ class Reader:
 
 
 @dataclass
-class _Position:
+class Position:
     """What has been read of one container's log."""
 
     stamp: str = ""  # time of the newest line, as the kubelet wrote it
@@ -71,7 +71,7 @@ def print_logs(cluster: Cluster, name: str, rank: int, reader: Reader) -> None:
     index = node_of_rank(job, rank)
     if not reader.follow:
         return _print_now(cluster, job, rank, reader)
-    seen: dict[str, _Position] = {}
+    seen: dict[str, Position] = {}
     done: set[str] = set()
     waited_for = ""
     while True:
@@ -79,7 +79,7 @@ def print_logs(cluster: Cluster, name: str, rank: int, reader: Reader) -> None:
         if pod is not None and pod.started:
             if pod.uid not in seen:
                 reader.say(_title(pod))
-            if _read_pod(cluster, pod, rank, seen.setdefault(pod.uid, _Position()), reader):
+            if _read_pod(cluster, pod, rank, seen.setdefault(pod.uid, Position()), reader):
                 done.add(pod.uid)
             reader.tail = None
             continue
@@ -102,7 +102,7 @@ def _print_now(cluster: Cluster, job: Job, rank: int, reader: Reader) -> None:
     for pod in pods:
         if len(pods) > 1:
             reader.say(_title(pod))
-        _read_pod(cluster, pod, rank, _Position(), reader)
+        _read_pod(cluster, pod, rank, Position(), reader)
 
 
 def _title(pod: TrainerPod) -> str:
@@ -147,7 +147,7 @@ def _patiently(look: Callable[[], Any]) -> Any:
             time.sleep(_POLL_SECONDS)
 
 
-def _read_pod(cluster: Cluster, pod: TrainerPod, rank: int, position: _Position, reader: Reader) -> bool:
+def _read_pod(cluster: Cluster, pod: TrainerPod, rank: int, position: Position, reader: Reader) -> bool:
     """Print until the stream ends; true once nothing more can come from this pod."""
     by_exec = rank != 0 and not pod.ended
     if rank != 0 and pod.ended:
@@ -178,7 +178,7 @@ def _words(error: Exception) -> str:
     return str(getattr(error, "reason", "") or error)
 
 
-def _lines(cluster: Cluster, pod: TrainerPod, _rank: int, position: _Position, reader: Reader) -> Iterator[str]:
+def _lines(cluster: Cluster, pod: TrainerPod, _rank: int, position: Position, reader: Reader) -> Iterator[str]:
     """New lines of the pod's standard output. A stream that is taken up again overlaps; lines known are left out."""
     options: dict[str, Any] = {}
     if position.stamp:
@@ -215,7 +215,7 @@ def _split(chunks: Iterator[bytes]) -> Iterator[str]:
         yield rest.decode("utf-8", errors="replace")
 
 
-def new_lines(stamped: Iterator[str], position: _Position) -> Iterator[str]:
+def new_lines(stamped: Iterator[str], position: Position) -> Iterator[str]:
     """Lines after ``position``, without their times; several lines may share one time."""
     known, skipped = (position.stamp, position.at_stamp), 0
     for line in stamped:
@@ -230,7 +230,7 @@ def new_lines(stamped: Iterator[str], position: _Position) -> Iterator[str]:
         yield text
 
 
-def _rank_lines(cluster: Cluster, pod: TrainerPod, rank: int, position: _Position, reader: Reader) -> Iterator[str]:
+def _rank_lines(cluster: Cluster, pod: TrainerPod, rank: int, position: Position, reader: Reader) -> Iterator[str]:
     """New lines of a rank's own log files in a running pod."""
     program = Path(rank_log.__file__).read_text(encoding="utf-8")
     mode = "follow" if reader.follow else "once"

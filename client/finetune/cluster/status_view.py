@@ -46,8 +46,8 @@ def status_screen(job: Job, events: Sequence[EventLine], now: datetime) -> str:
 def _head(job: Job, now: datetime) -> Iterator[str]:
     suspended = ", suspension asked for" if job.suspended and job.state not in {"Suspended", "Suspending"} else ""
     yield f"{job.namespace}/{job.name}   {job.state}{suspended}   created {age(job.created, now)} ago"
-    if job.message:
-        yield from textwrap.wrap(job.message, 116, break_long_words=False, break_on_hyphens=False)
+    for sentence in job.message.splitlines():
+        yield from textwrap.wrap(sentence, 116, break_long_words=False, break_on_hyphens=False)
     progress = job.status.progress
     if progress is not None:
         yield ""
@@ -164,7 +164,7 @@ def _attempts(job: Job, now: datetime) -> Iterator[str]:
         return
     total = job.status.total_attempts or len(attempts)
     yield "attempts" + (f" (the last {len(attempts)} of {total})" if total > len(attempts) else "")
-    header = ("#", "STARTED", "RAN", "FROM STEP", "LAST STEP", "CAUSE", "EXIT", "MESSAGE")
+    header = ("#", "STARTED", "RAN", "FROM STEP", "LAST STEP", "LOST", "CAUSE", "EXIT", "MESSAGE")
     yield from table(header, [_attempt(attempt, now) for attempt in attempts], "  ")
 
 
@@ -178,10 +178,17 @@ def _attempt(attempt: StatusAttempt, now: datetime) -> tuple[str, ...]:
         ran,
         _number(attempt.resumed_from_step),
         _number(attempt.last_step),
+        _number(attempt.lost_steps),
         attempt.cause or ("" if attempt.ended_at else "running"),
         _number(attempt.exit_code),
-        attempt.message or "",
+        " ".join(filter(None, (attempt.message, _place(attempt)))),
     )
+
+
+def _place(attempt: StatusAttempt) -> str:
+    if not attempt.pod:
+        return ""
+    return f"(pod {attempt.pod}" + (f" on node {attempt.node})" if attempt.node else ")")
 
 
 def _number(value: int | None) -> str:
