@@ -5,7 +5,7 @@ situation (what is known) -> checks (where the job stands) -> conditions -> stor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -93,6 +93,8 @@ def wants_pods(
     if run_policy(resource).get("suspend") or before.state in {"Suspending", "Suspended", "Restarting"}:
         return True
     if not is_true(before, "Running"):
+        if before.attempts:  # resumed: only the pods themselves tell that a new attempt has begun
+            return True
         return job.ready < job.nodes and (now - job.created).total_seconds() >= PATIENCE_SECONDS
     return job.ready + job.succeeded < job.nodes or is_due(before, now, interval_seconds)
 
@@ -111,6 +113,18 @@ def seconds_to_live(resource: Object, now: datetime) -> float | None:
 def dump(status: FineTuneJobStatus) -> dict[str, Any]:
     """The status as it is written."""
     return status.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """The merge patch that turns one dumped status into another: what is gone, at any depth, becomes null."""
+    patch: dict[str, Any] = {}
+    for name in {**before, **after}:
+        old, new = before.get(name), after.get(name)
+        if old == new:
+            continue
+        both = isinstance(old, Mapping) and isinstance(new, Mapping)
+        patch[name] = changes(old, new) if both else new
+    return patch
 
 
 # ---- parts --------------------------------------------------------------------------------------------------------
