@@ -1,4 +1,4 @@
-"""Make a directory of packages ready to run read-only: bytecode that is never checked again, and the version's metadata.
+"""Make a directory of packages ready to run read-only: bytecode that is never checked again, version metadata.
 
     python seal.py PYPROJECT DIRECTORY
 
