@@ -32,13 +32,13 @@ lint: $(INSTALLED)
 
 verify: $(INSTALLED)
 	$(BIN)/python -m finetune_api.generate --check
-	$(BIN)/python deploy/render.py --check
+	$(BIN)/python -m deploy.render --check
 
 generate: $(INSTALLED)
 	$(BIN)/python -m finetune_api.generate
 
 deploy-manifests: $(INSTALLED) # from the chart: deploy/install.yaml, rules, dashboard, docs/helm-values.md; needs helm
-	$(BIN)/python deploy/render.py
+	$(BIN)/python -m deploy.render
 
 bench: $(BENCH_INSTALLED)
 	$(BIN)/python -m bench

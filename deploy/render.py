@@ -1,4 +1,4 @@
-"""``python deploy/render.py [--check]``: what is made from the chart for people without Helm or Prometheus Operator.
+"""``python -m deploy.render [--check]``: what is made from the chart for people without Helm or Prometheus Operator.
 
 deploy/install.yaml (the chart with default values), deploy/prometheus/rules.yaml, deploy/grafana/dashboard.json and
 docs/helm-values.md. With ``--check`` nothing is written: differences are printed and the exit code is 1.
@@ -10,7 +10,6 @@ import argparse
 import difflib
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,7 +19,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CHART = ROOT / "charts/finetune-operator"
 NAMESPACE = "finetune-system"
-_HELM_TOOLS = "helm-v4.3.1"
 
 _INSTALL_HEADER = f"""\
 # Made from charts/finetune-operator with its default values by `make deploy-manifests`; edit the chart instead.
@@ -51,16 +49,18 @@ class HelmMissing(Exception):
 
 
 def helm() -> str:
-    """The Helm binary: ``$HELM``, the one on PATH, or the one that `make cluster` has built.
+    """The Helm binary: ``$HELM``, else the pinned version that the local cluster uses, built now if need be.
 
     Raises:
-        HelmMissing: there is none.
+        HelmMissing: there is none and it cannot be built.
     """
-    cache = Path(os.environ.get("FINETUNE_TOOLS_CACHE", "~/.cache/finetune-tools")).expanduser()
-    found = os.environ.get("HELM") or shutil.which("helm") or shutil.which("helm", path=str(cache / _HELM_TOOLS))
-    if found is None:
-        raise HelmMissing(f"helm is not on PATH nor in {cache / _HELM_TOOLS}; install Helm 3.16 or later, or set HELM")
-    return found
+    from deploy.local.cluster.layout import ClusterError
+    from deploy.local.cluster.tools import program
+
+    try:
+        return os.environ.get("HELM") or str(program("helm"))
+    except ClusterError as error:
+        raise HelmMissing(f"{error} Or set HELM to a Helm binary.") from None
 
 
 def install_manifest() -> str:
@@ -126,7 +126,7 @@ FILES: dict[str, Callable[[], str]] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python deploy/render.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m deploy.render", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file is not fresh")
     options = parser.parse_args(arguments)
     stale = 0
