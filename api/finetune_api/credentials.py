@@ -1,7 +1,8 @@
 """How a Secret that a manifest names reaches the code that opens a URI: one table of names, one way to keep two apart.
 
-Every Secret of a job is visible under a prefix of its own, so that a model and an output in two stores may use the same
-keys. Locations that name no Secret read the plain names.
+In a pod the keys of every Secret stand under a prefix of its own, and nowhere else: a model and an output in two stores
+may use the same keys, and no library picks up those of the wrong one. What a location without a Secret sees stands
+under the prefix without a name.
 """
 
 from __future__ import annotations
@@ -46,28 +47,13 @@ ENDPOINT_VARIABLES = (
 _PREFIX = "FINETUNE_ENV_"
 
 
-def variable_prefix(secret_name: str) -> str:
+def variable_prefix(secret_name: str = "") -> str:
     """What the keys of a Secret are prefixed with: ``my-bucket`` -> ``FINETUNE_ENV_MY_BUCKET__``."""
-    return f"{_PREFIX}{secret_name.upper().replace('-', '_')}__"
+    return f"{_PREFIX}{secret_name.upper().replace('-', '_')}__" if secret_name else f"{_PREFIX}_"
 
 
 def environment_of(location: ObjectLocation, environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables as ``location`` sees them.
-
-    A location with a Secret of its own sees that Secret's keys under their plain names, and none of another Secret's.
-    Where its Secret is not in the environment (outside of a cluster), it sees the environment as it is.
-    """
-    if location.credentials is None:
-        return dict(environment)
-    prefix = variable_prefix(location.credentials.secret_name)
+    """The variables as ``location`` sees them: in a pod those of its own Secret win, elsewhere there are none."""
+    prefix = variable_prefix(location.credentials.secret_name if location.credentials else "")
     own = {name[len(prefix) :]: value for name, value in environment.items() if name.startswith(prefix) and value}
-    if not own:
-        return dict(environment)
-    foreign = {name for name in environment if _is_in_a_secret(name, environment)}
-    return {name: value for name, value in environment.items() if name not in foreign} | own
-
-
-def _is_in_a_secret(name: str, environment: Mapping[str, str]) -> bool:
-    return any(
-        value and other.startswith(_PREFIX) and other.endswith(f"__{name}") for other, value in environment.items()
-    )
+    return {**environment, **own}

@@ -17,8 +17,8 @@ _FROM_POD = {"NODE_NAME": "spec.nodeName", "POD_IP": "status.podIP", "POD_NAME":
 def build_environment(inputs: Inputs) -> list[dict[str, Any]]:
     """``env``, sorted by name; the administrator's values win over ours."""
     entries: dict[str, dict[str, Any]] = {name: {"value": value} for name, value in _values(inputs).items()}
-    for name, secret in _plain_secrets(inputs).items():
-        reference = {"name": secret, "key": name, "optional": True}  # which keys a Secret has is its owner's choice
+    for name, (secret, key) in _shared_secrets(inputs).items():
+        reference = {"name": secret, "key": key, "optional": True}  # which keys a Secret has is its owner's choice
         entries[name] = {"valueFrom": {"secretKeyRef": reference}}
     entries |= {name: {"value": ""} for name in _withheld(inputs)}
     if inputs.spec.model.uri.startswith("hf://") and inputs.spec.model.endpoint:
@@ -43,22 +43,23 @@ def secret_names(inputs: Inputs) -> list[str]:
     return sorted({block.credentials.secret_name for _, _, block in locations(inputs.spec) if block.credentials})
 
 
-def _plain_secrets(inputs: Inputs) -> dict[str, str]:
-    """Variable -> Secret for locations that name no Secret: that of the output, else of the model, else of the data.
+def _shared_secrets(inputs: Inputs) -> dict[str, tuple[str, str]]:
+    """Variable -> (Secret, key), for locations that name no Secret, and for the hub's own library.
 
-    A Secret of a location with the same scheme comes before one with another.
+    They share the Secret of the output, else of the model, else of the data; one of the same scheme comes first.
     """
     blocks = sorted(locations(inputs.spec), key=lambda found: found[0] != "spec.output")
     places = [(uri.partition("://")[0], block.credentials) for _, uri, block in blocks]
     named = [(scheme, credentials.secret_name) for scheme, credentials in places if credentials]
-    chosen: dict[str, str] = {}
-    for scheme in sorted({scheme for scheme, _ in places} & VARIABLES.keys()):
+    shared: dict[str, tuple[str, str]] = {}
+    for scheme in sorted({scheme for scheme, credentials in places if credentials is None or scheme == "hf"}):
         secret = next((name for other, name in named if other == scheme), named[0][1] if named else None)
         if secret is not None:
-            chosen |= dict.fromkeys(VARIABLES[scheme], secret)
+            prefix = "" if scheme == "hf" else variable_prefix()
+            shared |= {prefix + key: (secret, key) for key in VARIABLES.get(scheme, ())}
     if inputs.settings.uris.endpoints:
-        chosen = {name: secret for name, secret in chosen.items() if name not in ENDPOINT_VARIABLES}
-    return chosen
+        return {name: source for name, source in shared.items() if source[1] not in ENDPOINT_VARIABLES}
+    return shared
 
 
 def _withheld(inputs: Inputs) -> list[str]:

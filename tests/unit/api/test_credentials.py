@@ -14,6 +14,7 @@ NONE = Output.model_validate({"uri": "s3://b/x"})
 
 def test_the_prefix_of_a_secret_is_a_variable_name() -> None:
     assert variable_prefix("my-bucket") == "FINETUNE_ENV_MY_BUCKET__"
+    assert variable_prefix() == "FINETUNE_ENV__"
 
 
 @pytest.mark.parametrize(
@@ -22,11 +23,20 @@ def test_the_prefix_of_a_secret_is_a_variable_name() -> None:
         (NONE, {"AWS_REGION": "a"}, {"AWS_REGION": "a"}),
         (OWN, {"AWS_REGION": "a"}, {"AWS_REGION": "a"}),  # outside of a cluster
         (OWN, {"FINETUNE_ENV_MY_BUCKET__A": "1", "A": "2", "B": "3"}, {"A": "1", "B": "3"}),
-        (OWN, {"FINETUNE_ENV_MY_BUCKET__A": "1", "FINETUNE_ENV_X__B": "2", "B": "2", "C": "3"}, {"A": "1", "C": "3"}),
+        (OWN, {"FINETUNE_ENV_MY_BUCKET__A": "1", "FINETUNE_ENV_X__B": "2", "FINETUNE_ENV__C": "3"}, {"A": "1"}),
         (OWN, {"FINETUNE_ENV_MY_BUCKET__A": "1", "FINETUNE_ENV_MY_BUCKET__B": "", "B": "2"}, {"A": "1", "B": "2"}),
-        (OWN, {"FINETUNE_ENV_MY__A": "1", "A": "1"}, {"A": "1"}),
+        (OWN, {"FINETUNE_ENV_MY__A": "1", "A": "2"}, {"A": "2"}),
+        (NONE, {"FINETUNE_ENV__A": "1", "FINETUNE_ENV_X__A": "2", "FINETUNE_ENV_X__B": "2"}, {"A": "1"}),
     ],
-    ids=["no Secret", "not in a cluster", "its own wins", "another's is hidden", "an empty one is none", "a namesake"],
+    ids=[
+        "no Secret",
+        "not in a cluster",
+        "its own wins",
+        "another's is hidden",
+        "an empty one is none",
+        "a namesake",
+        "none sees the shared ones",
+    ],
 )
 def test_a_location_sees(location: Output, environment: dict[str, str], seen: dict[str, str]) -> None:
     found = environment_of(location, environment)

@@ -180,13 +180,25 @@ def test_an_accelerator_and_the_administrator_change_the_environment() -> None:
     assert (found["NCCL_DEBUG"], found["HOME"]) == ("WARN", "/work")
 
 
-def test_the_only_secret_of_a_job_serves_every_location_that_names_none() -> None:
+def test_a_secret_of_a_job_serves_every_location_that_names_none() -> None:
     built = children(smallest(output={"uri": "s3://out/x", "credentials": {"secretName": "my-bucket"}}))
     assert container(built)["envFrom"] == [{"prefix": "FINETUNE_ENV_MY_BUCKET__", "secretRef": {"name": "my-bucket"}}]
-    assert references(built) == dict.fromkeys(VARIABLES["s3"], "my-bucket")
+    assert references(built) == {f"FINETUNE_ENV__{name}": "my-bucket" for name in VARIABLES["s3"]}
 
 
-def test_of_several_secrets_the_plain_names_are_those_of_the_same_scheme_the_output_first() -> None:
+def test_where_every_location_names_its_secret_none_is_shared() -> None:
+    credentials = {"credentials": {"secretName": "bucket"}}
+    built = children(
+        smallest(
+            model={"uri": "s3://models/base/"} | credentials,
+            dataset={"train": [{"uri": "s3://data/x.jsonl"} | credentials]},
+            output={"uri": "s3://out/x"} | credentials,
+        )
+    )
+    assert references(built) == {}
+
+
+def test_of_several_secrets_that_of_the_same_scheme_is_shared_the_output_first() -> None:
     built = children(
         smallest(
             model={"uri": "hf://org/model", "credentials": {"secretName": "hub"}},
@@ -194,16 +206,17 @@ def test_of_several_secrets_the_plain_names_are_those_of_the_same_scheme_the_out
                 "train": [
                     {"uri": "s3://a/x.jsonl", "credentials": {"secretName": "first"}},
                     {"uri": "gs://b/x.jsonl"},
+                    {"uri": "s3://c/x.jsonl"},
                 ]
             },
             output={"uri": "s3://out/x", "credentials": {"secretName": "out"}},
         )
     )
     found = references(built)
-    assert {name: found[name] for name in ("HF_TOKEN", "AWS_ACCESS_KEY_ID", "GOOGLE_SERVICE_ACCOUNT_KEY")} == {
-        "HF_TOKEN": "hub",
-        "AWS_ACCESS_KEY_ID": "out",
-        "GOOGLE_SERVICE_ACCOUNT_KEY": "out",
+    assert found == {"HF_TOKEN": "hub", "HF_ENDPOINT": "hub"} | {
+        f"FINETUNE_ENV__{name}": secret
+        for scheme, secret in (("s3", "out"), ("gs", "out"))
+        for name in VARIABLES[scheme]
     }
     assert [source["secretRef"]["name"] for source in container(built)["envFrom"]] == ["first", "hub", "out"]
     assert "HF_HUB_OFFLINE" not in values(built)
@@ -217,7 +230,7 @@ def test_a_job_without_secrets_names_none() -> None:
 
 def test_where_endpoints_are_listed_no_secret_can_name_another() -> None:
     built = shape("two Secrets, endpoints listed")
-    assert "AWS_ENDPOINT_URL" not in references(built)
+    assert references(built) == {"HF_TOKEN": "hub"}
     blank = sorted(name for name, value in values(built).items() if value == "")
     endpoints = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AZURE_STORAGE_ENDPOINT", "GOOGLE_BASE_URL", "HF_ENDPOINT")
     assert blank == [f"FINETUNE_ENV_{name}__{endpoint}" for name in ("DATA", "HUB", "OUT") for endpoint in endpoints]
@@ -255,5 +268,6 @@ def values(built: Children) -> dict[str, str]:
 def references(built: Children) -> dict[str, str]:
     """Variable -> Secret, of references that may be empty."""
     found = {e["name"]: e["valueFrom"].get("secretKeyRef") for e in container(built)["env"] if "valueFrom" in e}
-    assert all(ref is None or (ref["key"], ref["optional"]) == (name, True) for name, ref in found.items())
+    for name, reference in found.items():
+        assert reference is None or (reference["key"], reference["optional"]) == (name.rpartition("__")[2], True)
     return {name: ref["name"] for name, ref in found.items() if ref}

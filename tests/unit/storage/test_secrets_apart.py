@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -13,32 +14,32 @@ OUTPUT = {"uri": "s3://bucket/apart", "credentials": {"secretName": "own"}}
 
 
 @pytest.mark.s3
-def test_a_location_without_a_secret_reads_the_plain_names(s3_server: Any) -> None:
-    location = Output.model_validate({"uri": "s3://bucket/apart"})
-    environment = _prefixed("other", {"AWS_ACCESS_KEY_ID": "wrong"}) | s3_server.environment
-    store = ObjectStore.open_location(location, environment=environment, retry_seconds=5)
+@pytest.mark.parametrize("prefix", ["", "FINETUNE_ENV__"], ids=["on a workstation", "in a pod"])
+def test_a_location_without_a_secret_is_opened_with_what_all_share(
+    s3_server: Any, monkeypatch: pytest.MonkeyPatch, prefix: str
+) -> None:
+    values = {prefix + name: value for name, value in s3_server.environment.items()}
+    _become_a_pod(monkeypatch, values | _of("other", {"AWS_ACCESS_KEY_ID": "wrong"}))
+    store = ObjectStore.open_location(Output.model_validate({"uri": "s3://bucket/apart"}), retry_seconds=5)
     store.put("plain", b"1")
     assert store.get("plain") == b"1"
 
 
 @pytest.mark.s3
-def test_a_secret_of_its_own_wins_over_the_plain_names_of_another(s3_server: Any) -> None:
+def test_a_location_is_opened_with_its_own_secret_only(s3_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     other = {**s3_server.environment, "AWS_SECRET_ACCESS_KEY": "of-another-store", "AWS_SESSION_TOKEN": "another"}
-    environment = {**other, **_prefixed("other", other), **_prefixed("own", s3_server.environment)}
-    store = ObjectStore.open_location(Output.model_validate(OUTPUT), environment=environment, retry_seconds=5)
-    store.put("own", b"1")  # a session token of the other Secret would be refused
+    shared = {f"FINETUNE_ENV__{name}": value for name, value in other.items()}
+    _become_a_pod(monkeypatch, shared | _of("other", other) | _of("own", s3_server.environment))
+    store = ObjectStore.open_location(Output.model_validate(OUTPUT), retry_seconds=5)
+    store.put("own", b"1")  # with the other Secret's session token the server would refuse
     assert store.get("own") == b"1"
 
 
 @pytest.mark.s3
-def test_a_wrong_secret_of_its_own_is_not_helped_out_by_another(s3_server: Any) -> None:
+def test_a_wrong_secret_is_not_helped_out_by_another(s3_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = {**s3_server.environment, "AWS_SECRET_ACCESS_KEY": "wrong"}
-    environment = {
-        **s3_server.environment,
-        **_prefixed("other", s3_server.environment),
-        **_prefixed("own", wrong),
-    }
-    store = ObjectStore.open_location(Output.model_validate(OUTPUT), environment=environment, retry_seconds=5)
+    _become_a_pod(monkeypatch, _of("other", s3_server.environment) | _of("own", wrong))
+    store = ObjectStore.open_location(Output.model_validate(OUTPUT), retry_seconds=5)
     with pytest.raises(StorageError) as caught:
         store.put("x", b"1")
     assert str(caught.value).startswith(
@@ -47,13 +48,23 @@ def test_a_wrong_secret_of_its_own_is_not_helped_out_by_another(s3_server: Any) 
 
 
 @pytest.mark.s3
-def test_another_uri_of_the_same_block_is_opened_with_its_secret(s3_server: Any) -> None:
+def test_another_uri_of_the_same_block_is_opened_with_its_secret(
+    s3_server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _become_a_pod(monkeypatch, _of("own", s3_server.environment))
     source = DataSource.model_validate({"uri": "s3://bucket/in/*.jsonl", "credentials": {"secretName": "own"}})
-    environment = _prefixed("own", s3_server.environment)
-    store = ObjectStore.open_location(source, uri="s3://bucket/in/", environment=environment, retry_seconds=5)
+    store = ObjectStore.open_location(source, uri="s3://bucket/in/", retry_seconds=5)
     store.put("a.jsonl", b"{}\n")
     assert [info.path for info in store.list()] == ["a.jsonl"]
 
 
-def _prefixed(secret: str, values: dict[str, str]) -> dict[str, str]:
+def _of(secret: str, values: dict[str, str]) -> dict[str, str]:
     return {f"FINETUNE_ENV_{secret.upper()}__{name}": value for name, value in values.items()}
+
+
+def _become_a_pod(monkeypatch: pytest.MonkeyPatch, values: dict[str, str]) -> None:
+    """The process's own variables, because the library below storage reads them too."""
+    for name in [name for name in os.environ if name.startswith(("AWS_", "FINETUNE_ENV_"))]:
+        monkeypatch.delenv(name)
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
