@@ -119,7 +119,8 @@ def _leaving(_: Observed, newest: Sequence[PodView]) -> Waiting | None:
     if not names:
         return None
     verb = "is" if len(names) == 1 else "are"
-    return Waiting("PodsTerminating", f"{enumeration(names)} {verb} still ending; then the Job replaces it")
+    them = "it" if len(names) == 1 else "them"
+    return Waiting("PodsTerminating", f"{enumeration(names)} {verb} still ending; the Job replaces {them} afterwards")
 
 
 def _replacing(observed: Observed, newest: Sequence[PodView]) -> Waiting | None:
@@ -132,10 +133,14 @@ def _replacing(observed: Observed, newest: Sequence[PodView]) -> Waiting | None:
 
 
 def _starting(_: Observed, newest: Sequence[PodView]) -> Waiting | None:
-    names = [pod.name for pod in newest if not pod.started and pod.node]
-    if not names:
+    preparing = [pod for pod in newest if not pod.started and not pod.ended and pod.node]
+    if not preparing:
         return None
-    return Waiting("ContainerCreating", f"{enumeration(names)}: node {newest[0].node} prepares the container")
+    names, nodes = [pod.name for pod in preparing], sorted({pod.node for pod in preparing})
+    container = "the container" if len(names) == 1 else "the containers"
+    if len(nodes) == 1:
+        return Waiting("ContainerCreating", f"node {nodes[0]} prepares {container} of {enumeration(names)}")
+    return Waiting("ContainerCreating", f"nodes {enumeration(nodes)} prepare {container} of {enumeration(names)}")
 
 
 def _not_ready(observed: Observed, newest: Sequence[PodView]) -> Waiting | None:

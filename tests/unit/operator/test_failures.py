@@ -1,0 +1,190 @@
+"""What an end means for the job: the whole table, the budgets, and the words that a pod's end is told in."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from tests.unit.operator.job_life import Life, at, dead, job, new_pod, over, page, pod, said
+
+from finetune_api.exits import Cause, ExitClass
+from finetune_operator.failures import POLICIES, Budget, PodCause, allowed_disruptions, policy, spent
+from finetune_operator.verdict import StopJob
+
+NEVER, FAILURES, DISRUPTIONS, FREE = Budget.NEVER, Budget.FAILURES, Budget.DISRUPTIONS, Budget.FREE
+
+
+def test_every_exit_class_and_every_cause_has_a_policy() -> None:
+    assert set(POLICIES) == {*ExitClass, *PodCause}
+
+
+@pytest.mark.parametrize("exit_class", ExitClass)
+def test_the_budget_follows_who_can_mend_it(exit_class: ExitClass) -> None:
+    expected = {
+        Cause.NONE: FREE,
+        Cause.USER: NEVER,
+        Cause.INFRASTRUCTURE: FAILURES,
+        Cause.BUG: FAILURES,
+        Cause.INTERRUPTION: DISRUPTIONS,
+    }
+    assert policy(exit_class).budget == expected[exit_class.cause]
+
+
+def test_a_cause_of_another_version_counts_as_unknown() -> None:
+    assert policy("SolarFlare") == policy(PodCause.UNKNOWN)
+
+
+@pytest.mark.parametrize(
+    ("restarts", "maximum", "reason"),
+    [
+        ({}, 0, None),
+        ({"RankKilled": 3}, 3, None),
+        ({"RankKilled": 2, "InternalError": 2}, 3, "RestartBudgetExceeded"),
+        ({"RankKilled": 1}, 0, "RestartBudgetExceeded"),
+        ({"Preempted": 30}, 3, None),
+        ({"Preempted": 20, "NodeLost": 11}, 3, "DisruptionBudgetExceeded"),
+        ({"PodDeleted": 10}, 0, None),
+        ({"PodDeleted": 11}, 0, "DisruptionBudgetExceeded"),
+        ({"Suspended": 1000}, 0, None),
+    ],
+)
+def test_budgets_are_counted_by_cause(restarts: dict[str, int], maximum: int, reason: str | None) -> None:
+    over = spent(restarts, maximum)
+    assert (over.reason if over else None) == reason
+
+
+def test_disruptions_are_bounded_too() -> None:
+    assert [allowed_disruptions(restarts) for restarts in (0, 1, 3, 100)] == [10, 10, 30, 1000]
+
+
+DISRUPTED = {"finished": at(20), "exit_code": 143}
+
+
+@pytest.mark.parametrize(
+    ("changes", "spec", "cause", "message"),
+    [
+        (
+            {"exit_code": 137, "killed_for_memory": True},
+            {"resources": {"limits": {"memory": "4Gi"}}},
+            "OutOfMemory",
+            "pod P was killed because it needed more host memory than spec.resources.limits.memory (4Gi);"
+            " raise it, or lower training.microBatchSize or dataset.maxSequenceLength",
+        ),
+        (
+            {"exit_code": 137, "killed_for_memory": True},
+            {},
+            "NodeOutOfMemory",
+            "pod P was killed because node n1 ran out of memory;"
+            " set spec.resources.requests.memory so that enough is kept for it",
+        ),
+        ({"exit_code": 137}, {}, "RankKilled", "the launcher in pod P was killed by signal 9"),
+        (
+            {"exit_code": 143, "disruption": ("PreemptionByScheduler", "default-scheduler: preempting to make room.")},
+            {},
+            "Preempted",
+            "pod P was preempted: default-scheduler: preempting to make room",
+        ),
+        (
+            {"exit_code": None, "disruption": ("DeletionByTaintManager", "Taint manager: deleting due to NoExecute")},
+            {},
+            "NodeLost",
+            "pod P was lost with node n1: Taint manager: deleting due to NoExecute",
+        ),
+        (
+            {"exit_code": 143, "disruption": ("EvictionByEvictionAPI", "Eviction API: evicting")},
+            {},
+            "Drained",
+            "pod P was evicted by a drain: Eviction API: evicting",
+        ),
+        (
+            {"exit_code": 137, "reason": "Evicted", "message": "The node was low on resource: ephemeral-storage. "},
+            {},
+            "Evicted",
+            "pod P was evicted: The node was low on resource: ephemeral-storage",
+        ),
+        ({"exit_code": 143, "deleted": at(140)}, {}, "PodDeleted", "pod P was deleted"),
+        ({"exit_code": 1}, {}, "InternalError", "pod P exited with code 1 without a last word"),
+        ({"exit_code": 32}, {}, "RendezvousFailed", "pod P exited with code 32 without a last word"),
+        (
+            {"exit_code": None, "reason": "DeadlineExceeded", "message": "too slow"},
+            {},
+            "Unknown",
+            "pod P failed without an exit code (too slow)",
+        ),
+        (
+            {"exit_code": 70, "termination": said(ExitClass.INTERNAL_ERROR, "defect: KeyError", hint="report it")},
+            {},
+            "InternalError",
+            "defect: KeyError (report it)",
+        ),
+        (
+            {"exit_code": 143, "termination": said(ExitClass.INTERRUPTED, "stopped from outside")},
+            {},
+            "Interrupted",
+            "stopped from outside",
+        ),
+        (
+            {
+                "exit_code": 11,
+                "termination": said(ExitClass.INVALID_DATA, "line 3 is not JSON"),
+                "disruption": ("EvictionByEvictionAPI", "Eviction API: evicting"),
+            },
+            {},
+            "InvalidData",
+            "line 3 is not JSON",
+        ),
+    ],
+)
+def test_the_end_of_a_pod_is_told_by_the_first_who_knows(
+    changes: dict[str, Any], spec: dict[str, Any], cause: str, message: str
+) -> None:
+    life = Life(spec={**spec, "runPolicy": {"maxRestarts": 3}})
+    life.run()
+    ended = replace(pod(0), phase="Failed", ready=False, finished=at(20), **changes)
+    life.look(21, job(ready=1, failed=1), [ended, pod(1)])
+    assert life.attempts("cause", "message") == [(cause, message.replace("P", ended.name, 1))]
+    assert life.attempts("exitCode") == [(changes["exit_code"],)]
+    expected = "Failed" if policy(cause).budget == NEVER else "Restarting"
+    assert life.status["state"] == expected
+
+
+def test_a_spent_budget_fails_the_job_and_stops_what_still_runs() -> None:
+    life = Life(spec={"runPolicy": {"maxRestarts": 1}})
+    life.run()
+    ends = [over(f"g{n}", ExitClass.RANK_KILLED, 20 * n, "rank 1 was killed by SIGKILL") for n in (1, 2)]
+    life.look(31, job(ready=2), [pod(0), pod(1)], [page(n, "g2", 9, ended=(ends[0],)) for n in (0, 1)])
+    assert life.status["state"] == "Running"
+    word = said(ExitClass.RANK_KILLED, "rank 1 was killed by SIGKILL", gang="g2", ended=tuple(ends))
+    verdict = life.look(45, job(failed=2), [dead(pod(0), 41, 31, word), dead(pod(1), 41, 31, word)])
+    sentence = "gave up after 2 failures (runPolicy.maxRestarts allows 1); the last one: rank 1 was killed by SIGKILL"
+    assert life.condition("Failed") == ("True", "RestartBudgetExceeded", sentence)
+    assert life.told[-1] == f"Failed: {sentence}"
+    assert verdict.commands == (StopJob(),)
+    assert life.status["restarts"] == [{"cause": "RankKilled", "count": 2}]
+
+
+def test_disruptions_do_not_use_up_the_owners_patience() -> None:
+    life = Life(spec={"runPolicy": {"maxRestarts": 0}})
+    life.run()
+    for number in range(2, 7):
+        gone = f"{number - 1}"
+        pods = [new_pod(n, gone, created=at(20 * number)) for n in (0, 1)]
+        life.look(20 * number, job(), pods)
+        assert life.status["state"] == "Restarting"
+        pods = [replace(found, phase="Running", ready=True, started=at(20 * number + 1)) for found in pods]
+        life.look(20 * number + 5, job(ready=2), pods, [page(n, f"g{number}", 9) for n in (0, 1)])
+        assert life.status["state"] == "Running"
+    assert life.status["restarts"] == [{"cause": "PodDeleted", "count": 5}]
+
+
+def test_a_job_that_kubernetes_gave_up_on_says_why_in_both_words() -> None:
+    life = Life()
+    life.run()
+    failure = ("BackoffLimitExceeded", "Job has reached the specified backoff limit")
+    life.look(30, job(failed=1, failure=failure), [dead(pod(0), 20, 137), pod(1)])
+    assert life.condition("Failed") == (
+        "True",
+        "BackoffLimitExceeded",
+        "the Job ftj-bot failed (BackoffLimitExceeded): the launcher in pod ftj-bot-0-aaaaa was killed by signal 9",
+    )
