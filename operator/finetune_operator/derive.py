@@ -122,8 +122,7 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, An
         old, new = before.get(name), after.get(name)
         if old == new:
             continue
-        both = isinstance(old, Mapping) and isinstance(new, Mapping)
-        patch[name] = changes(old, new) if both else new
+        patch[name] = changes(old, new) if isinstance(old, Mapping) and isinstance(new, Mapping) else new
     return patch
 
 

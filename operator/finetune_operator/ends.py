@@ -157,7 +157,7 @@ def _cause(pod: PodView, observed: Observed) -> tuple[str, str]:
     if pod.reason in _REASONS and interrupted:
         cause = _REASONS[pod.reason]
         return cause, f"pod {pod.name} was {_done_to(cause, pod)}: {as_sentence(pod.message or pod.reason)}"
-    if interrupted and (pod.deleted is not None or stopping(observed)):
+    if interrupted and pod.deleted is not None:  # a pod that died long before is not suspended now
         cause, message = _deletion(observed)
         return cause, f"pod {pod.name} was deleted" if cause == PodCause.POD_DELETED else message
     if said:

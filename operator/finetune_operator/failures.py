@@ -46,7 +46,7 @@ class Policy:
     words: str
 
 
-SECONDARY = 3  # blame of ends that somebody else may have caused
+ECHO = 2  # blame from which an end may have been caused by somebody else
 
 _DISRUPTIONS_PER_RESTART = 10
 _FEWEST_DISRUPTIONS = 10
@@ -70,9 +70,9 @@ POLICIES: Mapping[str, Policy] = {
     ExitClass.STORAGE_UNAVAILABLE: Policy(Budget.FAILURES, 0, "object storage did not answer"),
     PodCause.NODE_OUT_OF_MEMORY: Policy(Budget.FAILURES, 0, "the node ran out of memory"),
     ExitClass.INTERNAL_ERROR: Policy(Budget.FAILURES, 2, "the trainer met a defect of its own"),
-    ExitClass.RENDEZVOUS_FAILED: Policy(Budget.FAILURES, SECONDARY, "the launchers did not find each other"),
-    ExitClass.COMMUNICATION_FAILED: Policy(Budget.FAILURES, SECONDARY, "a peer was lost"),
-    PodCause.UNKNOWN: Policy(Budget.FAILURES, SECONDARY, "it ended between two looks and nobody could say why"),
+    ExitClass.RENDEZVOUS_FAILED: Policy(Budget.FAILURES, 3, "the launchers did not find each other"),
+    ExitClass.COMMUNICATION_FAILED: Policy(Budget.FAILURES, 3, "a peer was lost"),
+    PodCause.UNKNOWN: Policy(Budget.FAILURES, 3, "it ended between two looks and nobody could say why"),
     # what the cluster did
     PodCause.PREEMPTED: Policy(Budget.DISRUPTIONS, 0, "a pod was preempted by one of higher priority"),
     PodCause.EVICTED: Policy(Budget.DISRUPTIONS, 0, "a pod was evicted from its node"),

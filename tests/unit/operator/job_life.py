@@ -105,7 +105,7 @@ def over(gang: str, exit_class: ExitClass, seconds: float, message: str = "", **
 def page(node: int, gang: str = "g1", step: int = 0, phase: Phase = Phase.TRAINING, **more: Any) -> Progress:
     """What the launcher of ``node`` says; keys of Heartbeat go to its only rank."""
     beat = {name: more.pop(name) for name in list(more) if name in Heartbeat.model_fields and name != "rank"}
-    ranks = ()
+    ranks: tuple[Heartbeat, ...] = ()
     if gang:
         ranks = (Heartbeat(rank=node, local_rank=0, pid=9, phase=phase, step=step, **{"total_steps": 100, **beat}),)
     known: dict[str, Any] = {"attempt_started_at": at(5).timestamp() if gang else 0.0}

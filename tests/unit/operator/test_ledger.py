@@ -221,3 +221,16 @@ def test_each_pod_stands_in_one_attempt_only() -> None:
     assert life.attempts("pods") == [(["aaaa0000", "aaaa0001"],)]
     life.look(36, job(ready=2), [pod(0), pod(1)], in_place("g1", now="g2"))
     assert life.attempts("pods") == [([],), (["aaaa0000", "aaaa0001"],)]
+
+
+def test_launchers_that_saw_their_ranks_stop_before_the_pods_went_away_were_suspended() -> None:
+    life = Life()
+    life.run()
+    life.resource["spec"] = {"runPolicy": {"suspend": True}}
+    stopped = over("g1", ExitClass.INTERRUPTED, 20, "rank 0 was asked to stop", last_step=9)
+    leaving = [pod(n, deleted=at(140)) for n in (0, 1)]
+    life.look(21, job(suspended=True, terminating=2), leaving, [page(1, "", ended=(stopped,))])
+    assert life.attempts("cause") == [("Interrupted",)]
+    life.look(25, job(suspended=True, active=0), [])
+    assert life.attempts("number", "endedAt", "cause", "lastStep") == [(1, text(20), "Suspended", 9)]
+    assert life.status["restarts"] == [{"cause": "Suspended", "count": 1}]

@@ -290,7 +290,7 @@ def test_a_suspended_job_checkpoints_frees_its_pods_and_resumes() -> None:
         "suspending: ftj-bot-0-aaaaa and ftj-bot-1-aaaaa write a checkpoint and end",
     )
     word = said(ExitClass.INTERRUPTED, "stopped", gang="g1", step=9, checkpoint_step=9, checkpoint_uri=f"{URI}c/9/")
-    life.look(25, job(suspended=True, active=0, terminating=1), [dead(pod(0), 24, 143, word), leaving[1]])
+    life.look(25, job(suspended=True, active=0, terminating=1), [dead(leaving[0], 24, 143, word), leaving[1]])
     assert life.status["message"] == "suspending: ftj-bot-1-aaaaa writes a checkpoint and ends"
     verdict = life.look(26, job(suspended=True, active=0), [])
     assert (life.status["state"], life.status["message"]) == (
