@@ -141,7 +141,7 @@ class Kubelet:
     # ---- the loop
 
     def _loop(self) -> None:
-        while not self._halt.wait(0.1):
+        while not self._halt.wait(0.2):
             try:
                 with self._lock:
                     for pod in self.kube.list("Pod"):

@@ -146,7 +146,7 @@ class Life:
             if time.monotonic() > deadline:
                 shown = self.status.model_dump_json(by_alias=True, exclude_none=True, indent=1)
                 raise AssertionError(f"Waited {SECONDS:g} s in vain for {what}; the status is {shown}")
-            time.sleep(0.05)
+            time.sleep(0.1)
 
     def until_state(self, state: str) -> None:
         self.until(f"state {state}", lambda status: status.state == state)
@@ -210,7 +210,7 @@ def suspended_life(life: Life) -> None:
 def mistaken_life(life: Life) -> None:
     """Running until the trainer finds a fault that only the user can mend."""
     life.kubelet.page = lambda index: life.page(index)
-    life.kubelet.last_words = life.interrupted("gang-1", 5)
+    life.kubelet.last_words = life.interrupted("gang-1", 4)  # nothing newer: it is not waited for
     life.kube.create(job())
     life.until_pods_run()
     life.train("gang-1", 5)

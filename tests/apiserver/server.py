@@ -83,25 +83,17 @@ class RunningServer:
 
 
 def binary(name: str) -> Path:
-    """The program ``name``: from $KUBEBUILDER_ASSETS, else from the cache of the local cluster, which builds it."""
+    """The program ``name``: from $KUBEBUILDER_ASSETS, else a tool of the local cluster, built now if need be."""
     assets = os.environ.get("KUBEBUILDER_ASSETS")
-    if assets:
-        found = Path(assets) / name
-        if not found.is_file():
-            raise ServerUnavailable(
-                f"KUBEBUILDER_ASSETS is {assets!r} and holds no {name}; unset it or add the program."
-            )
-        return found
-    return _from_the_tools(name)
+    if assets and (Path(assets) / name).is_file():
+        return Path(assets) / name
+    from deploy.local.cluster.layout import ClusterError
+    from deploy.local.cluster.tools import program
 
-
-def _from_the_tools(name: str) -> Path:
-    cache = Path(os.environ.get("FINETUNE_TOOLS_CACHE") or Path.home() / ".cache" / "finetune-tools")
-    tool = "etcd-v3.6.16" if name == "etcd" else "kubernetes-v1.36.3"
-    found = cache / tool / name
-    if not found.is_file():
-        raise ServerUnavailable(f"{found} is missing; build it once: make cluster-tools.")
-    return found
+    try:
+        return program(name)
+    except ClusterError as error:
+        raise ServerUnavailable(str(error)) from None
 
 
 # ---- one server for all workers of a run -----------------------------------------------------------------------------
@@ -133,6 +125,8 @@ def shared_server(root: Path, owner: int, *, controllers: bool = False) -> Itera
 
 
 def _start_keeper(directory: Path, owner: int, controllers: bool) -> int:
+    for name in ("etcd", "kube-apiserver", *(("kube-controller-manager",) if controllers else ())):
+        binary(name)  # building takes minutes and is no part of the start
     directory.mkdir(parents=True)
     with (directory / "keeper.log").open("wb") as log:
         keeper = subprocess.Popen(

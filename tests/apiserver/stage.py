@@ -1,0 +1,93 @@
+"""A stage for one life: a namespace, a proxy, an operator behind it, and a kubelet; and what came of the play."""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.apiserver.kube import Kube, wait
+from tests.apiserver.kubelet import Kubelet
+from tests.apiserver.life import LIVES, History, Life, events_of, history_of
+from tests.apiserver.operator_process import OperatorProcess, settings
+from tests.apiserver.proxy import Proxy, Seen
+from tests.apiserver.server import RunningServer
+
+
+@dataclass
+class Stage:
+    """Everything around one job."""
+
+    kube: Kube
+    proxy: Proxy
+    operator: OperatorProcess
+    kubelet: Kubelet
+
+    def quiet(self, seconds: float = 1.0) -> list[Seen]:
+        """The writes (leases aside) that come although nothing happens for ``seconds``."""
+        before = len(self.proxy.writes)
+        time.sleep(seconds)
+        return self.proxy.writes[before:]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one life left behind."""
+
+    history: History
+    writes: list[Seen]
+    created: Counter[str]  # children by resource, as the API server answered 201
+    events: Counter[str]
+    starts: int  # of the operator
+    seconds: float
+    log: str
+
+
+@contextmanager
+def stage(server: RunningServer, folder: Path, **changes: Any) -> Iterator[Stage]:
+    """A new namespace with an operator (not started yet) that sees nothing else; ``changes`` to its settings."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"life-{uuid.uuid4().hex[:8]}"
+    with Kube(server, namespace=name) as kube, Proxy(server) as proxy:
+        labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+        kube.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}})
+        kube.create({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "default"}})
+        kubeconfig = server.write_kubeconfig(folder / "kubeconfig", url=proxy.url, namespace=name)
+        operator = OperatorProcess(folder, kubeconfig, settings(name, **changes))
+        kubelet = Kubelet(kube)
+        try:
+            with kubelet.running():
+                yield Stage(kube, proxy, operator, kubelet)
+        finally:
+            operator.stop()
+            kube.delete("Namespace", name)
+
+
+def live(server: RunningServer, folder: Path, name: str, disturb: Callable[[Stage], None] = lambda _: None) -> Outcome:
+    """One life from creation to its end, with the operator restarted whenever it dies."""
+    began = time.monotonic()
+    with stage(server, folder) as there:
+        disturb(there)
+        there.operator.start(again=True)
+        LIVES[name](Life(there.kube, there.kubelet))
+        wait(lambda: not there.quiet(0.7), "nothing is written any more")
+        return Outcome(
+            history=history_of(there.kube),
+            writes=there.proxy.writes,
+            created=Counter(one.resource for one in there.proxy.writes if one.code == 201 and one.resource != "events"),
+            events=events_of(there.kube),
+            starts=there.operator.starts,
+            seconds=time.monotonic() - began,
+            log=there.operator.log,
+        )
+
+
+def told_once(log: str) -> list[str]:
+    """Lines of the operator's log that report a defect."""
+    return [line for line in log.splitlines() if re.search(r"Traceback|defect|never awaited", line)]

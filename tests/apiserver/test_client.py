@@ -1,0 +1,684 @@
+"""The cluster commands of ``finetune`` against a real API server; the test writes what the operator would write."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+from tests.apiserver.kube import Kube
+from tests.apiserver.log_kubelet import Log, LogKubelet
+from tests.apiserver.manifests import manifest
+from tests.apiserver.proxy import Proxy, dropped, gone, internal_error
+from tests.unit.client.jobs import complete, condition, dump, failed, running
+
+from finetune_api.report import ArtifactManifest, Termination
+from finetune_api.status import FineTuneJobStatus, StatusArtifacts
+from finetune_storage import ObjectStore, commit, write_file
+
+COMMAND = str(Path(sys.executable).with_name("finetune"))
+INDEX = "batch.kubernetes.io/job-completion-index"
+
+
+class Shell:
+    """Runs ``finetune`` with a kubeconfig."""
+
+    def __init__(self, kubeconfig: Path, folder: Path) -> None:
+        self.folder = folder
+        self.environment = {**os.environ, "KUBECONFIG": str(kubeconfig), "COLUMNS": "200"}
+
+    def __call__(self, *arguments: str | Path, stdin: str | None = None) -> tuple[int, str, str]:
+        ended = subprocess.run(
+            [COMMAND, *map(str, arguments)],
+            cwd=self.folder,
+            env=self.environment,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        return ended.returncode, ended.stdout, ended.stderr
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [COMMAND, *arguments],
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+
+@pytest.fixture
+def shell(kubeconfig: Path, tmp_path: Path) -> Shell:
+    return Shell(kubeconfig, tmp_path)
+
+
+def write(folder: Path, content: dict[str, Any], name: str = "job.yaml") -> Path:
+    with (folder / name).open("w", encoding="utf-8") as file:
+        YAML().dump(copy.deepcopy(content), file)
+    return folder / name
+
+
+def be_operator(kube: Kube, name: str, status: FineTuneJobStatus) -> None:
+    """Write the whole status, as a fresh look of the operator does."""
+    content = dump(status)
+    if "conditions" in content:
+        generation = kube.get("FineTuneJob", name)["metadata"]["generation"]
+        content["conditions"] = [{**known, "observedGeneration": generation} for known in content["conditions"]]
+    change = [{"op": "add", "path": "/status", "value": content}]
+    path = kube.path("FineTuneJob", name, subresource="status")
+    answer = kube.call("PATCH", path, change, content_type="application/json-patch+json")
+    assert answer.code == 200, answer.body
+
+
+@pytest.fixture
+def bot(kube: Kube) -> str:
+    kube.create(manifest(name="bot", distributed={"nodes": 2, "processesPerNode": 2}))
+    return "bot"
+
+
+# ---- submit
+
+
+def test_a_manifest_is_submitted_and_the_next_command_is_named(shell: Shell, kube: Kube, kubeconfig: Path) -> None:
+    write(shell.folder, manifest())
+    assert shell("submit", "job.yaml") == (
+        0,
+        f"FineTuneJob 'support-bot' created in the namespace '{kube.namespace}'\n"
+        f"see how it goes: finetune status support-bot --namespace {kube.namespace}\n",
+        "",
+    )
+    made = kube.get("FineTuneJob", "support-bot")
+    assert made["spec"]["model"] == {"uri": "s3://models/base/"}
+    assert [entry["manager"] for entry in made["metadata"]["managedFields"]] == ["finetune-client"]
+
+
+def test_a_manifest_comes_from_standard_input_and_goes_where_the_command_line_says(shell: Shell, kube: Kube) -> None:
+    content = json.dumps(manifest())
+    code, said, _ = shell("submit", "-", "--namespace", kube.namespace, "-o", "json", stdin=content)
+    assert (code, json.loads(said)["metadata"]["namespace"]) == (0, kube.namespace)
+
+
+def test_every_problem_of_every_manifest_is_told_before_anything_is_created(shell: Shell, kube: Kube) -> None:
+    write(shell.folder, manifest())
+    write(shell.folder, manifest(model={"uri": "file:///models/base"}, method={"type": "Lora"}), "bad.yaml")
+    code, said, complaint = shell("submit", "job.yaml", "bad.yaml")
+    assert (code, said) == (10, "")
+    *problems, last = complaint.splitlines()
+    assert [problem.split(" (line")[0] for problem in problems] == [
+        "bad.yaml: spec.model.uri",
+        "bad.yaml: spec.method.type",
+    ]
+    assert last == "nothing was submitted"
+    assert kube.list("FineTuneJob") == []
+
+
+def test_submitting_the_same_job_again_changes_nothing_and_another_result_is_refused(shell: Shell, kube: Kube) -> None:
+    write(shell.folder, manifest())
+    shell("submit", "job.yaml")
+    before = kube.get("FineTuneJob", "support-bot")["metadata"]["resourceVersion"]
+    write(shell.folder, manifest(runPolicy={"maxRestarts": 7}))
+    assert shell("submit", "job.yaml") == (
+        0,
+        f"FineTuneJob 'support-bot' exists in the namespace '{kube.namespace}' with the same result (Unseen)\n"
+        "spec.runPolicy differ from the manifest and stay as they are; to change them: kubectl apply -f MANIFEST\n",
+        "",
+    )
+    write(shell.folder, manifest(training={"epochs": 2}))
+    assert shell("submit", "job.yaml") == (
+        1,
+        "",
+        f"another FineTuneJob 'support-bot' exists in the namespace '{kube.namespace}' (Unseen), with another"
+        " spec.training; choose another metadata.name, or delete that job first\n",
+    )
+    assert kube.get("FineTuneJob", "support-bot")["metadata"]["resourceVersion"] == before
+
+
+def test_two_namespaces_that_contradict_each_other_are_refused(shell: Shell) -> None:
+    write(shell.folder, manifest(metadata={"namespace": "elsewhere"}))
+    assert shell("submit", "job.yaml", "-n", "here") == (
+        10,
+        "",
+        "metadata.namespace: is not the namespace of the command line ('elsewhere');"
+        " drop --namespace here, or remove the field\n",
+    )
+    assert shell("submit", "job.yaml") == (
+        1,
+        "",
+        "the namespace 'elsewhere' does not exist; create it (kubectl create namespace elsewhere)"
+        " or name another with --namespace\n",
+    )
+
+
+# ---- list, status
+
+
+def test_jobs_are_listed_with_their_states(shell: Shell, kube: Kube, bot: str) -> None:
+    kube.create(manifest(name="quiet"))
+    be_operator(kube, bot, running())
+    code, said, _ = shell("list")
+    assert code == 0
+    assert [line.split() for line in said.splitlines()] == [
+        ["NAME", "STATE", "STEP", "TOTAL", "LOSS", "ETA", "METHOD", "NODES", "AGE"],
+        ["bot", "Running", "420", "1170", "1.31", "38m", "LoRA", "2", said.splitlines()[1].split()[-1]],
+        ["quiet", "Unseen", "LoRA", "1", said.splitlines()[2].split()[-1]],
+    ]
+    everywhere = shell("list", "-A")[1].splitlines()
+    assert everywhere[0].startswith("NAMESPACE")
+    assert [line.split()[1] for line in everywhere if line.startswith(f"{kube.namespace} ")] == ["bot", "quiet"]
+    listed = json.loads(shell("list", "-o", "json")[1])
+    assert [item["metadata"]["name"] for item in listed["items"]] == ["bot", "quiet"]
+    as_yaml = YAML(typ="safe").load(shell("list", "-o", "yaml")[1])
+    assert [item["kind"] for item in as_yaml["items"]] == ["FineTuneJob", "FineTuneJob"]
+
+
+def test_a_namespace_without_jobs_says_so(shell: Shell, kube: Kube) -> None:
+    assert shell("list") == (0, "", f"there is no FineTuneJob in the namespace '{kube.namespace}'\n")
+
+
+def test_the_status_shows_plan_attempts_conditions_and_events(shell: Shell, kube: Kube, bot: str) -> None:
+    be_operator(kube, bot, running())
+    job = kube.get("FineTuneJob", bot)
+    stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    reference = {"apiVersion": job["apiVersion"], "kind": "FineTuneJob", "name": bot, "uid": job["metadata"]["uid"]}
+    for name, reason in (("mine", "Restarted"), ("other", "Foreign")):
+        about = reference if name == "mine" else {**reference, "uid": "another"}
+        kube.create(
+            {
+                "apiVersion": "v1",
+                "kind": "Event",
+                "metadata": {"name": name, "namespace": kube.namespace},
+                "involvedObject": {**about, "namespace": kube.namespace},
+                "reason": reason,
+                "message": "attempt 2 starts from step 200",
+                "type": "Normal",
+                "count": 1,
+                "firstTimestamp": stamp,
+                "lastTimestamp": stamp,
+            }
+        )
+    code, said, complaint = shell("status", bot)
+    assert (code, complaint) == (0, "")
+    lines = said.splitlines()
+    assert lines[0].startswith(f"{kube.namespace}/bot   Running   created ")
+    for heading in ("plan", "attempts", "conditions", "events"):
+        assert heading in lines
+    assert lines[-1].split(maxsplit=2)[1:] == ["Normal", "Restarted   attempt 2 starts from step 200"]
+    assert "Foreign" not in said
+    assert json.loads(shell("status", bot, "-o", "json")[1])["status"]["state"] == "Running"
+
+
+# ---- what is not there, not allowed, not reachable
+
+
+def test_a_missing_job_is_told_with_the_nearest_name(shell: Shell, kube: Kube, bot: str) -> None:
+    assert shell("status", "bott") == (
+        1,
+        "",
+        f"there is no FineTuneJob 'bott' in the namespace '{kube.namespace}'; did you mean 'bot'?\n",
+    )
+
+
+def test_who_may_not_is_told_verb_resource_and_namespace(shell: Shell, kube: Kube, tmp_path: Path) -> None:
+    poor = kube.server.write_kubeconfig(
+        tmp_path / "poor", token=kube.account_token("default"), namespace=kube.namespace
+    )
+    assert shell("list", "--kubeconfig", poor) == (
+        1,
+        "",
+        f"the user 'system:serviceaccount:{kube.namespace}:default' may not list finetunejobs.finetune.dev in the"
+        f" namespace '{kube.namespace}'; ask the administrator of the cluster for that permission\n",
+    )
+
+
+def test_credentials_that_do_not_count_are_told(shell: Shell, kube: Kube, tmp_path: Path) -> None:
+    stranger = kube.server.write_kubeconfig(tmp_path / "stranger", token="no-such-token", namespace=kube.namespace)
+    assert shell("list", "--kubeconfig", stranger) == (
+        1,
+        "",
+        f"the cluster at {kube.server.url} does not accept the credentials of this context (401);"
+        " log in again, or name another --context\n",
+    )
+
+
+def test_a_cluster_without_the_crd_is_told_how_to_install_it(
+    shell: Shell, kube: Kube, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = (
+        "import sys, finetune_api; finetune_api.API_GROUP = 'absent.finetune.dev'\n"
+        "from finetune.cli import main\nsys.exit(main(['list']))"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program], env=shell.environment, capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stderr) == (
+        1,
+        "this cluster does not know FineTuneJobs (the CustomResourceDefinition finetunejobs.absent.finetune.dev is not"
+        " installed); install the operator: helm install finetune-operator charts/finetune-operator"
+        " --namespace finetune-system --create-namespace\n",
+    )
+
+
+def test_a_cluster_that_does_not_answer_is_told_at_once(shell: Shell, kube: Kube, tmp_path: Path) -> None:
+    nowhere = kube.server.write_kubeconfig(tmp_path / "nowhere", url="http://127.0.0.1:9")
+    started = time.monotonic()
+    assert shell("list", "--kubeconfig", nowhere) == (
+        1,
+        "",
+        "the cluster at http://127.0.0.1:9 cannot be reached: connection refused; see whether it runs, whether this"
+        " machine can reach it, and whether the context is the right one\n",
+    )
+    assert time.monotonic() - started < 10
+
+
+def test_a_list_of_kubeconfigs_is_merged_and_the_first_current_context_wins(
+    shell: Shell, kube: Kube, kubeconfig: Path, tmp_path: Path
+) -> None:
+    other = YAML(typ="safe").load(kubeconfig.read_text())
+    for name in ("clusters", "users", "contexts"):
+        other[name][0]["name"] = "other"
+    other["contexts"][0]["context"] = {"cluster": "other", "user": "other", "namespace": "elsewhere"}
+    other["current-context"] = "other"
+    second = write(tmp_path, other, "second")
+    shell.environment["KUBECONFIG"] = os.pathsep.join((str(tmp_path / "absent"), str(kubeconfig), str(second)))
+    assert shell("list")[2] == f"there is no FineTuneJob in the namespace '{kube.namespace}'\n"
+    assert shell("list", "--context", "other")[2] == "there is no FineTuneJob in the namespace 'elsewhere'\n"
+    code, _, complaint = shell("list", "--context", "third")
+    assert (code, complaint) == (
+        1,
+        f"there is no context 'third' in {kubeconfig}, {second}; known there: other, test\n",
+    )
+
+
+# ---- wait
+
+
+def test_waiting_ends_when_the_job_is_complete(shell: Shell, kube: Kube, bot: str) -> None:
+    waiting = shell.start("wait", bot, "--timeout", "30s")
+    time.sleep(1.0)
+    be_operator(kube, bot, running())
+    assert waiting.poll() is None
+    be_operator(kube, bot, complete())
+    said, complaint = waiting.communicate(timeout=10)
+    assert (waiting.returncode, said, complaint) == (
+        0,
+        "FineTuneJob 'bot' is Complete: completed after 1170 steps\n",
+        "",
+    )
+
+
+def test_waiting_for_a_job_that_failed_ends_with_its_exit_code(shell: Shell, kube: Kube, bot: str) -> None:
+    be_operator(kube, bot, failed())
+    assert shell("wait", bot) == (
+        11,
+        "",
+        "the FineTuneJob 'bot' is Failed and will not be Complete: train.jsonl:7 is not a conversation\n",
+    )
+    assert shell("wait", bot, "--for", "failed")[0] == 0
+
+
+def test_waiting_for_an_invalid_job_ends_with_code_10(shell: Shell, kube: Kube, bot: str) -> None:
+    status = FineTuneJobStatus(state="Invalid", message="no", conditions=(condition("Accepted", "False"),))
+    be_operator(kube, bot, status)
+    assert shell("wait", bot, "--for", "Running")[0] == 10
+
+
+def test_waiting_too_long_ends_with_code_124(shell: Shell, kube: Kube, bot: str) -> None:
+    be_operator(kube, bot, running())
+    started = time.monotonic()
+    assert shell("wait", bot, "--for", "condition=Suspended", "--timeout", "1s") == (
+        124,
+        "",
+        "the FineTuneJob 'bot' was not Suspended within 1 s; it is Running:"
+        " step 420 of 1170, loss 1.31, 2,913 tokens/s, about 38 min left\n",
+    )
+    assert time.monotonic() - started < 8
+
+
+def test_waiting_for_deletion_and_being_surprised_by_it(shell: Shell, kube: Kube, bot: str) -> None:
+    patient, surprised = shell.start("wait", bot, "--for", "Deleted"), shell.start("wait", bot)
+    time.sleep(1.5)
+    kube.delete("FineTuneJob", bot)
+    assert (patient.communicate(timeout=10)[0], patient.returncode) == ("FineTuneJob 'bot' is Deleted\n", 0)
+    assert (surprised.communicate(timeout=10)[1], surprised.returncode) == (
+        "the FineTuneJob 'bot' was deleted before it was Complete\n",
+        1,
+    )
+
+
+def test_a_wait_survives_410_errors_and_broken_connections(shell: Shell, kube: Kube, bot: str) -> None:
+    with Proxy(kube.server) as proxy:
+        kube.server.write_kubeconfig(shell.folder / "proxied", url=proxy.url, namespace=kube.namespace)
+        proxy.inject(gone(lambda seen: seen.is_watch))
+        waiting = shell.start("wait", bot, "--timeout", "60s", "--kubeconfig", "proxied")
+        kube.wait(lambda: [one for one in proxy.seen if one.fault == "410"], "a watch has ended with 410")
+        proxy.inject(dropped(lambda seen: seen.is_watch))
+        proxy.inject(internal_error(lambda seen: seen.method == "GET" and not seen.is_watch, times=2))
+        proxy.break_watches()
+        kube.wait(lambda: {"drop", "500"} <= {one.fault for one in proxy.seen}, "all faults have struck")
+        be_operator(kube, bot, complete())
+        said, complaint = waiting.communicate(timeout=30)
+    assert (waiting.returncode, complaint) == (0, "")
+    assert said == "FineTuneJob 'bot' is Complete: completed after 1170 steps\n"
+
+
+# ---- suspend, resume, cancel
+
+
+def test_a_job_is_suspended_and_resumed(shell: Shell, kube: Kube, bot: str) -> None:
+    code, said, _ = shell("suspend", bot)
+    assert (code, said) == (
+        0,
+        "FineTuneJob 'bot' writes a checkpoint, frees its pods and waits\n"
+        f"to go on: finetune resume bot --namespace {kube.namespace}\n",
+    )
+    assert kube.get("FineTuneJob", bot)["spec"]["runPolicy"]["suspend"] is True
+    assert shell("suspend", bot)[1] == "FineTuneJob 'bot' is already suspended (Unseen)\n"
+    code, said, _ = shell("resume", bot)
+    assert (code, said.splitlines()[0]) == (0, "FineTuneJob 'bot' goes on from its newest checkpoint")
+    assert kube.get("FineTuneJob", bot)["spec"]["runPolicy"]["suspend"] is False
+    assert shell("resume", bot)[1] == "FineTuneJob 'bot' is not suspended (Unseen)\n"
+
+
+def test_a_job_that_has_ended_can_no_longer_be_suspended(shell: Shell, kube: Kube, bot: str) -> None:
+    be_operator(kube, bot, complete())
+    assert shell("suspend", bot) == (1, "", "the FineTuneJob 'bot' is Complete and can no longer be suspended\n")
+
+
+def test_a_job_is_cancelled_only_after_a_yes(shell: Shell, kube: Kube, bot: str) -> None:
+    be_operator(kube, bot, running())
+    assert shell("cancel", bot, stdin="") == (
+        1,
+        "",
+        "nobody can be asked here whether to delete the FineTuneJob 'bot'; add --yes\n",
+    )
+    assert kube.find("FineTuneJob", bot) is not None
+    assert shell("cancel", bot, "--yes") == (
+        0,
+        f"FineTuneJob 'bot' deleted from the namespace '{kube.namespace}'; its pods write a checkpoint and stop\n"
+        f"artifacts and checkpoints stay where they are: s3://adapters/team/{kube.namespace}/bot/\n",
+        "",
+    )
+    assert kube.find("FineTuneJob", bot) is None
+
+
+# ---- fetch, run
+
+
+def publish(folder: Path) -> tuple[str, str]:
+    """A real artifact; its URI and the digest of its manifest."""
+    store = ObjectStore.open(f"file://{folder}/published/")
+    entries = tuple(write_file(store, name, name.encode() * 100) for name in ("adapter.bin", "adapter_config.json"))
+    about = ArtifactManifest(
+        job={"name": "bot"},
+        format="Adapter",
+        base_model={},
+        dataset={},
+        seed=0,
+        versions={},
+        config={},
+        plan={},
+        metrics={},
+        files=entries,
+        created_at="2026-11-21T12:00:00Z",
+    )
+    return store.uri, commit(store, "", about)
+
+
+def test_an_artifact_is_fetched_and_verified(shell: Shell, kube: Kube, bot: str) -> None:
+    uri, sha256 = publish(shell.folder)
+    be_operator(kube, bot, complete(uri, sha256))
+    assert shell("fetch", bot, "-o", "adapter") == (
+        0,
+        "adapter: 2 files, 2.9 KiB, every digest verified (Adapter)\n",
+        "",
+    )
+    assert (shell.folder / "adapter" / "adapter.bin").read_bytes() == b"adapter.bin" * 100
+    code, _, complaint = shell("fetch", bot, "-o", "adapter")
+    assert (code, complaint) == (
+        16,
+        "'adapter' is not empty; choose another directory for the artifact.\n",
+    )
+
+
+def test_an_artifact_that_is_not_the_reported_one_is_refused(shell: Shell, kube: Kube, bot: str) -> None:
+    uri, _ = publish(shell.folder)
+    be_operator(kube, bot, complete(uri, "ab" * 32))
+    code, _, complaint = shell("fetch", bot)
+    assert code == 16
+    assert "instead of abababababab" in complaint
+    assert not (shell.folder / bot).exists()
+
+
+def test_a_job_without_an_artifact_says_how_to_wait_for_it(shell: Shell, kube: Kube, bot: str) -> None:
+    be_operator(kube, bot, running())
+    assert shell("fetch", bot) == (
+        1,
+        "",
+        "the FineTuneJob 'bot' has published nothing; it is Running; wait for it: finetune wait bot\n",
+    )
+
+
+def test_run_on_kubernetes_submits_follows_and_fetches(shell: Shell, kube: Kube) -> None:
+    write(shell.folder, manifest(name="bot"))
+    uri, sha256 = publish(shell.folder)
+    following = shell.start("run", "--on", "kubernetes", "job.yaml", "--output", "json")
+    kube.wait(lambda: kube.find("FineTuneJob", "bot"), "the job is there")
+    be_operator(kube, "bot", FineTuneJobStatus(state="Pending", message="waiting for 2 nodes"))
+    time.sleep(1.0)
+    be_operator(kube, "bot", running())
+    time.sleep(1.0)
+    be_operator(kube, "bot", complete(uri, sha256))
+    said, told = following.communicate(timeout=20)
+    assert following.returncode == 0, told
+    result = json.loads(said)
+    assert (result["state"], result["job"], result["fetchedTo"]) == ("Completed", f"{kube.namespace}/bot", "bot")
+    assert result["artifacts"]["manifestSha256"] == sha256
+    assert (shell.folder / "bot" / "adapter.bin").exists()
+    for line in (
+        f"FineTuneJob 'bot' created in the namespace '{kube.namespace}'",
+        "pending: waiting for 2 nodes",
+        "attempt 1 ended at step 217 (RankKilled): rank 3 was killed by SIGKILL",
+        "training (attempt 2), step 420/1170, loss 1.31, 2,913 tokens/s, about 38 min 00 s left",
+        "Completed: completed after 1170 steps",
+        "fetched to bot, every digest verified",
+    ):
+        assert line in told.splitlines()
+
+
+def test_ctrl_c_detaches_and_the_same_command_comes_back(shell: Shell, kube: Kube) -> None:
+    write(shell.folder, manifest(name="bot"))
+    following = shell.start("run", "--on", "kubernetes", "job.yaml")
+    kube.wait(lambda: kube.find("FineTuneJob", "bot"), "the job is there")
+    be_operator(kube, "bot", running())
+    time.sleep(1.0)
+    following.send_signal(signal.SIGINT)
+    _, told = following.communicate(timeout=10)
+    assert following.returncode == 130
+    assert told.splitlines()[-3:] == [
+        "detached; the job goes on in the cluster",
+        "to come back: finetune run --on kubernetes job.yaml",
+        f"to stop it: finetune cancel bot --namespace {kube.namespace}",
+    ]
+    be_operator(kube, "bot", failed())
+    code, said, told = shell("run", "--on", "kubernetes", "job.yaml")
+    assert (code, said) == (11, "Failed: train.jsonl:7 is not a conversation\n")
+    assert told.splitlines() == [
+        f"FineTuneJob 'bot' found (Failed) in the namespace '{kube.namespace}'",
+        "failed: train.jsonl:7 is not a conversation",
+        f"the first error: finetune logs bot --namespace {kube.namespace} --first-error",
+    ]
+
+
+# ---- logs
+
+
+@pytest.fixture
+def kubelet(kube: Kube, tmp_path: Path) -> Iterator[LogKubelet]:
+    with LogKubelet(tmp_path, f"n-{uuid.uuid4().hex[:8]}").registered(kube) as registered:
+        yield registered
+
+
+def run_pod(kube: Kube, kubelet: LogKubelet, job: str, index: int, suffix: str) -> Log:
+    """A running training pod of ``job``; returns its log."""
+    name = f"ftj-{job}-{index}-{suffix}"
+    container = {
+        "name": "trainer",
+        "image": "trainer",
+        "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+    }
+    pod_context = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+    kube.create(
+        {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": name, "labels": {"finetune.dev/job": job, INDEX: str(index)}},
+            "spec": {"nodeName": kubelet.node, "containers": [container], "securityContext": pod_context},
+        }
+    )
+    set_state(kube, name, "Running", {"running": {"startedAt": "2026-11-21T12:00:00Z"}})
+    return kubelet.logs.setdefault(name, Log())
+
+
+def end_pod(kube: Kube, kubelet: LogKubelet, name: str, termination: Termination | None, exit_code: int) -> None:
+    kubelet.logs[name].open = False
+    message = termination.model_dump_json(by_alias=True, exclude_defaults=True) if termination else ""
+    ended = {"exitCode": exit_code, "reason": "Error" if exit_code else "Completed", "message": message}
+    set_state(kube, name, "Failed" if exit_code else "Succeeded", {"terminated": ended})
+
+
+def set_state(kube: Kube, name: str, phase: str, state: dict[str, Any]) -> None:
+    container = {
+        "name": "trainer",
+        "image": "trainer",
+        "imageID": "",
+        "ready": phase == "Running",
+        "restartCount": 0,
+        "state": state,
+        "containerID": "containerd://1",
+    }
+    kube.patch("Pod", name, {"status": {"phase": phase, "containerStatuses": [container]}}, subresource="status")
+
+
+class Reading:
+    """Lines of a running command as they come."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.lines: list[str] = []
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip("\n"))
+
+    def until(self, kube: Kube, *expected: str) -> None:
+        kube.wait(lambda: self.lines == list(expected), f"{expected} were printed, not {self.lines}")
+
+    def end(self) -> tuple[int, Sequence[str]]:
+        assert self.process.stderr is not None
+        told = self.process.stderr.read()
+        code = self.process.wait(10)
+        self._thread.join(5)
+        return code, told.splitlines()
+
+
+def test_logs_follow_a_rank_across_replaced_pods_and_broken_connections(
+    shell: Shell, kube: Kube, bot: str, kubelet: LogKubelet
+) -> None:
+    be_operator(kube, bot, running())
+    first = run_pod(kube, kubelet, bot, 0, "aaaaa")
+    run_pod(kube, kubelet, bot, 1, "other").write("not of rank 0")
+    first.write("step 1", "step 2")
+    first.break_after = 3
+    reading = Reading(shell.start("logs", bot))
+    reading.until(kube, "step 1", "step 2")
+    first.write("step 3", "step 3", "step 4")
+    reading.until(kube, "step 1", "step 2", "step 3", "step 3", "step 4")
+    assert len(first.requests) >= 2
+    assert "sinceSeconds" in first.requests[1]
+    end_pod(kube, kubelet, f"ftj-{bot}-0-aaaaa", None, 31)
+    second = run_pod(kube, kubelet, bot, 0, "bbbbb")
+    second.write("again from step 2")
+    kube.wait(lambda: reading.lines[-1] == "again from step 2", "the replaced pod is followed")
+    end_pod(kube, kubelet, f"ftj-{bot}-0-bbbbb", None, 0)
+    be_operator(kube, bot, complete())
+    code, told = reading.end()
+    assert code == 0
+    assert reading.lines == ["step 1", "step 2", "step 3", "step 3", "step 4", "again from step 2"]
+    assert [line for line in told if not line.startswith("waiting")] == [
+        f"--- pod ftj-bot-0-aaaaa on node {kubelet.node} ---",
+        f"--- pod ftj-bot-0-bbbbb on node {kubelet.node} ---",
+        "the FineTuneJob 'bot' is Complete: completed after 1170 steps",
+    ]
+
+
+def test_logs_of_a_rank_on_another_node_come_from_its_pod(
+    shell: Shell, kube: Kube, bot: str, kubelet: LogKubelet
+) -> None:
+    run_pod(kube, kubelet, bot, 0, "aaaaa").write("of node 0")
+    run_pod(kube, kubelet, bot, 1, "bbbbb").write("of node 1")
+    end_pod(kube, kubelet, f"ftj-{bot}-1-bbbbb", None, 31)
+    assert shell("logs", bot, "--rank", "3", "--no-follow") == (
+        0,
+        "of node 1\n",
+        "rank 3's own file is gone with its pod; this is the output of the launcher there\n",
+    )
+    assert shell("logs", bot, "--no-follow", "--tail", "1") == (0, "of node 0\n", "")
+    assert shell("logs", bot, "--rank", "4") == (
+        1,
+        "",
+        "the FineTuneJob 'bot' has no rank 4; its ranks are 0 to 3\n",
+    )
+
+
+def test_logs_of_a_job_without_pods_say_why(shell: Shell, kube: Kube, bot: str) -> None:
+    be_operator(kube, bot, FineTuneJobStatus(state="Pending", message="waiting for 2 nodes"))
+    assert shell("logs", bot, "--no-follow") == (
+        1,
+        "",
+        "the FineTuneJob 'bot' has no output; it is Pending; waiting for 2 nodes\n",
+    )
+
+
+def test_the_first_error_is_that_of_the_guilty_rank(shell: Shell, kube: Kube, bot: str, kubelet: LogKubelet) -> None:
+    assert shell("logs", bot, "--first-error") == (0, "bot: nothing has failed\n", "")
+    run_pod(kube, kubelet, bot, 0, "aaaaa").write("a collective failed")
+    run_pod(kube, kubelet, bot, 1, "bbbbb").write("loading", "no memory")
+    echo = Termination(exit_class="CommunicationFailed", exit_code=33, message="peer lost", guilty_rank=0)
+    cause = Termination(
+        exit_class="OutOfMemory", exit_code=15, message="rank 3 had no memory", hint="take less", guilty_rank=3, step=7
+    )
+    end_pod(kube, kubelet, f"ftj-{bot}-0-aaaaa", echo, 33)
+    end_pod(kube, kubelet, f"ftj-{bot}-1-bbbbb", cause, 15)
+    assert shell("logs", bot, "--first-error") == (
+        0,
+        f"bot: failed at step 7 on rank 3 in pod ftj-bot-1-bbbbb on node {kubelet.node}\n"
+        "OutOfMemory: rank 3 had no memory; take less\n"
+        "  rank 3 | loading\n"
+        "  rank 3 | no memory\n",
+        "",
+    )
+
+
+def test_artifacts_of_a_status_are_those_of_the_api(kube: Kube, bot: str) -> None:
+    be_operator(kube, bot, complete())
+    artifacts = kube.get("FineTuneJob", bot)["status"]["artifacts"]
+    assert StatusArtifacts.model_validate(artifacts) == complete().artifacts
