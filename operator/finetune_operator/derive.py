@@ -14,15 +14,15 @@ from finetune_api.plan import Plan
 from finetune_api.status import FineTuneJobStatus, StatusPlan, StatusProgress
 from finetune_operator.checks import Judgement, judge
 from finetune_operator.conditions import Say, merge
-from finetune_operator.ends import is_lost
 from finetune_operator.ledger import restart_rows
 from finetune_operator.observe import JobView, Object, Observed, parse_time
 from finetune_operator.progress_view import status_plan
+from finetune_operator.remedies import remedies
 from finetune_operator.sentences import cut, time_text
 from finetune_operator.settings import OperatorSettings
 from finetune_operator.situation import Situation, condition, is_due, is_true, run_policy, situation, status_before
 from finetune_operator.story import PATIENCE_SECONDS, Change, story
-from finetune_operator.verdict import Command, DeletePod, DeleteResource, Event, EventType, Verdict
+from finetune_operator.verdict import DeleteResource, Event, EventType, Verdict
 
 _PROGRESS_INTERVAL_SECONDS = 10
 
@@ -30,8 +30,8 @@ _PROGRESS_INTERVAL_SECONDS = 10
 def derive(observed: Observed, plan: Plan, settings: OperatorSettings) -> Verdict:
     """What to say about the job and what to do. The same Observed gives the same Verdict.
 
-    Whoever carries it out: StopJob first, then the status, then the rest. A crash in between is harmless: the evidence
-    for StopJob outlives it, and a lost pod is entered into the ledger before it is deleted.
+    Whoever carries it out writes the status first, so that a lost pod stands in the ledger before it is deleted, and
+    makes sure of StopJob again whenever it meets a job that has ended.
     """
     before = status_before(observed.resource)
     if _is_over(before):
@@ -40,7 +40,7 @@ def derive(observed: Observed, plan: Plan, settings: OperatorSettings) -> Verdic
     judgement = judge(at)
     after = _status(at, judgement)
     events = story(Change(before, after, observed, plan))
-    commands = judgement.commands + _lost_pods(at)
+    commands = judgement.commands + (() if judgement.ended else remedies(at))
     if judgement.ended:
         life = seconds_to_live({**observed.resource, "status": dump(after)}, observed.now)
         return Verdict(after, events, commands, None if life is None else max(0.0, life))
@@ -188,12 +188,3 @@ def _plan(at: Situation) -> StatusPlan:
     if known is None or known.total_steps is None:
         return planned
     return known if known.world_size == planned.world_size else planned
-
-
-def _lost_pods(at: Situation) -> tuple[Command, ...]:
-    """Pods whose node will not confirm their end; the Job replaces a pod only when the old one is gone.
-
-    Survivors of a lost pod are left alone: their launchers meet the replacement by themselves, give up after the
-    rendezvous timeout, and are killed by the liveness probe if they hang. Deleting them would lose their caches.
-    """
-    return tuple(DeletePod(pod.name, pod.uid, force=True) for pod in at.observed.pods or () if is_lost(pod, at.now))

@@ -349,6 +349,18 @@ def test_a_pod_on_a_lost_node_is_removed_by_force() -> None:
     ]
 
 
+def test_a_survivor_that_neither_waits_nor_gives_up_is_removed_after_both_timeouts() -> None:
+    life = Life()
+    life.run()
+    stuck = replace(pod(0), ready=False)
+    gone = dead(pod(1), 20, 137)
+    new = pod(1, "b", created=at(30), started=at(31))
+    assert life.look(1219, job(ready=1, failed=1), [stuck, gone, new], [page(1, "")]).commands == ()
+    verdict = life.look(1221, job(ready=1, failed=1), [stuck, gone, new], [page(1, "")])
+    assert verdict.commands == (DeletePod(stuck.name, stuck.uid),)
+    assert life.look(1230, job(ready=1, failed=1), [stuck, gone, new], [page(0, ""), page(1, "")]).commands == ()
+
+
 def test_a_job_that_is_over_lives_as_long_as_its_owner_wants() -> None:
     life = Life(spec={"runPolicy": {"ttlSecondsAfterFinished": 100}})
     life.run()
