@@ -8,6 +8,7 @@ import re
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,14 @@ def helm(*arguments: str, values: Document | None = None, check: bool = True) ->
 
 def render(values: Document | None = None, *arguments: str, namespace: str = NAMESPACE) -> list[Document]:
     """Every object of the release, the test pod too."""
-    text = helm("template", RELEASE, str(CHART), "--namespace", namespace, *arguments, values=values).stdout
+    text = _rendered(json.dumps(values or {}), namespace, arguments)
     return [document for document in YAML(typ="safe").load_all(text) if document]
+
+
+@cache
+def _rendered(values: str, namespace: str, arguments: tuple[str, ...]) -> str:
+    command = ("template", RELEASE, str(CHART), "--namespace", namespace, *arguments)
+    return helm(*command, values=json.loads(values)).stdout
 
 
 def refusal(values: Document) -> str:
@@ -139,7 +146,7 @@ class Expression:
     @property
     def selectors(self) -> list[str]:
         """The vector selectors in it, without ranges: what must exist for it ever to return data."""
-        return re.findall(r"\bfinetune_\w+(?<!finetune_job)(?<!finetune_node)(?:\{[^}]*\})?", self.promql)
+        return re.findall(r"\bfinetune_(?!(?:job|node)\b)\w+(?:\{[^}]*\})?", self.promql)
 
 
 def all_expressions(namespace: str, job: str, interval: str = "1m") -> list[Expression]:

@@ -1,0 +1,256 @@
+"""Every alert fires when it should, with its exact words, and stays silent over a healthy job; every series exists."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from tests.chart import CHART, Document, alert_rules, all_expressions, tool
+
+RULES = CHART / "files/rules.yaml"
+OPERATOR = 'namespace="finetune-system",job="finetune-operator",pod="operator-1"'
+TRAINER = 'namespace="team-a",finetune_job="bot",finetune_node="0",pod="ftj-bot-0-x"'
+
+
+def operator(name: str, values: str, labels: str = "") -> Document:
+    return {"series": f"finetune_operator_{name}{{{OPERATOR}{labels and ',' + labels}}}", "values": values}
+
+
+def trainer(name: str, values: str, labels: str = "") -> Document:
+    return {"series": f"finetune_{name}{{{TRAINER}{labels and ',' + labels}}}", "values": values}
+
+
+HEALTHY = [
+    operator("build_info", "1x300", 'version="0.1.0"'),
+    operator("leader", "1x300"),
+    operator("jobs", "0x300", 'state="Pending"'),
+    operator("jobs", "1x300", 'state="Running"'),
+    operator("queue_oldest_seconds", "0x300"),
+    operator("reconcile_duration_seconds_bucket", "0+60x300", 'le="0.1"'),
+    operator("reconcile_duration_seconds_bucket", "0+60x300", 'le="+Inf"'),
+    operator("reconcile_errors_total", "0+60x300", 'class="Conflict"'),
+    operator("reconcile_errors_total", "0x300", 'class="InternalError"'),
+    operator("api_requests_total", "0+60x300", 'verb="patch",resource="finetunejobs",code="200"'),
+    operator("api_requests_total", "0+1x300", 'verb="patch",resource="finetunejobs",code="409"'),
+    operator("progress_pulls_total", "0+6x300"),
+    operator("progress_pull_failures_total", "0+1x300"),
+    operator("job_seconds_count", "0+1x300", 'outcome="Complete"'),
+    operator("job_seconds_count", "0x300", 'outcome="Failed"'),
+    operator("restarts_total", "0+1x3 3x297", 'cause="Infrastructure"'),
+    trainer("phase", "1x5 0x295", 'phase="FetchingModel"'),
+    trainer("phase", "0x5 1x295", 'phase="Training"'),
+    trainer("phase", "0x300", 'phase="Publishing"'),
+    trainer("step", "0x5 0+10x295"),
+    trainer("checkpoint_step", "0+100x30 3000x30 3000+100x240"),
+    trainer("start_timestamp_seconds", "0x300"),
+    trainer("restarts_total", "0+1x2 2x298"),
+    trainer("validation_loss", "2-0.005x300"),
+    trainer("data_wait_seconds_total", "0+1x300", 'rank="0"'),
+    trainer("rank_heartbeat_timestamp_seconds", "0+60x300", 'rank="0"'),
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Series (one sample a minute) that make an alert fire at ``minute``, its labels, and ``$value`` as text."""
+
+    alert: str
+    series: list[Document]
+    labels: dict[str, str] = field(default_factory=dict)
+    value: str = ""
+    minute: int = 60
+
+
+SYSTEM, JOB = {"namespace": "finetune-system"}, {"namespace": "team-a", "finetune_job": "bot"}
+CASES = [
+    Case("FinetuneOperatorDown", [trainer("step", "1x90")]),
+    Case("FinetuneOperatorWithoutLeader", [operator("leader", "0x90")], {**SYSTEM, "job": "finetune-operator"}),
+    Case(
+        "FinetuneOperatorSeveralLeaders",
+        [operator("leader", "1x90"), operator("leader", "1x90", 'replica="another"')],
+        {**SYSTEM, "job": "finetune-operator"}, "2",
+    ),
+    Case(
+        "FinetuneOperatorReconcileErrors", [operator("reconcile_errors_total", "0+30x90", 'class="ApiError"')],
+        {**SYSTEM, "class": "ApiError"}, "500m",
+    ),
+    Case(
+        "FinetuneOperatorInternalError",
+        [operator("reconcile_errors_total", "0x55 1x35", 'class="InternalError"')], SYSTEM,
+    ),
+    Case("FinetuneOperatorQueueStuck", [operator("queue_oldest_seconds", "90x90")], SYSTEM, "1m 30s"),
+    Case(
+        "FinetuneOperatorSlowReconciles",
+        [operator("reconcile_duration_seconds_bucket", values, f'le="{bound}"')
+         for bound, values in (("5", "0x90"), ("10", "0+60x90"), ("+Inf", "0+60x90"))],
+        SYSTEM, "9.95s",
+    ),
+    Case(
+        "FinetuneOperatorApiErrors",
+        [operator("api_requests_total", "0+30x90", f'verb="list",resource="pods",code="{c}"') for c in ("200", "503")],
+        SYSTEM, "50%",
+    ),
+    Case(
+        "FinetuneOperatorForbidden",
+        [operator("api_requests_total", "0x55 1x35", 'verb="create",resource="services",code="403"')],
+        {**SYSTEM, "verb": "create", "resource": "services"},
+    ),
+    Case(
+        "FinetuneOperatorProgressPullsFailing",
+        [operator("progress_pulls_total", "0+6x90"), operator("progress_pull_failures_total", "0+6x90")],
+        SYSTEM, "100%",
+    ),
+    Case("FineTuneJobFailed", [operator("job_seconds_count", "0x45 0+1x45", 'outcome="Failed"')], SYSTEM, "14"),
+    Case(
+        "FineTuneJobsRestarting", [operator("restarts_total", "0+0.1x90", 'cause="Infrastructure"')],
+        {**SYSTEM, "cause": "Infrastructure"}, "6",
+    ),
+    Case("FineTuneJobRestartingTooOften", [trainer("restarts_total", "0+0.1x90")], JOB, "6"),
+    Case("FineTuneJobsWaiting", [operator("jobs", "2x90", 'state="Pending"')], {**SYSTEM, "state": "Pending"}, "2"),
+    Case(
+        "FineTuneJobStuckBeforeTraining", [trainer("phase", "1x90", 'phase="Rendezvous"')],
+        {**JOB, "phase": "Rendezvous"},
+    ),
+    Case("FineTuneJobStalled", [trainer("step", "7x90"), trainer("phase", "1x90", 'phase="Training"')], JOB),
+    Case(
+        "FineTuneJobRankSilent",
+        [trainer("rank_heartbeat_timestamp_seconds", "1800x90", 'rank="3"'),
+         trainer("phase", "1x90", 'phase="Evaluating"')],
+        {**JOB, "pod": "ftj-bot-0-x", "rank": "3"}, "30m 0s",
+    ),
+    Case(
+        "FineTuneJobCheckpointTooOld",
+        [trainer("start_timestamp_seconds", "0x200"), trainer("step", "0+1x200"), trainer("checkpoint_step", "5x200")],
+        JOB, minute=150,
+    ),
+    Case("FineTuneJobValidationLossRising", [trainer("validation_loss", "1x30 2x60")],
+         {**JOB, "finetune_node": "0", "pod": "ftj-bot-0-x"}, "2"),
+    Case("FineTuneJobWaitsForData", [trainer("data_wait_seconds_total", "0+30x90", 'rank="1"')], JOB, "50%"),
+    Case("FineTuneJobPublishingLong", [trainer("phase", "1x90", 'phase="Publishing"')], JOB),
+]  # fmt: skip
+
+
+def promtool_test(directory: Path, tests: list[Document]) -> None:
+    path = directory / "tests.json"
+    path.write_text(json.dumps({"rule_files": [str(RULES)], "evaluation_interval": "1m", "tests": tests}))
+    done = subprocess.run([tool("promtool"), "test", "rules", str(path)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def expected(case: Case) -> Document:
+    """The alert as Prometheus sends it: labels and annotations with every placeholder filled."""
+    rule = next(rule for rule in alert_rules() if rule["alert"] == case.alert)
+
+    def filled(text: str) -> str:
+        text = re.sub(r"\{\{ \$labels\.(\w+) \}\}", lambda found: case.labels[found.group(1)], text)
+        return re.sub(r"\{\{[^}]*\$value[^}]*\}\}", case.value or "a value is missing in this case", text)
+
+    annotations = {name: filled(text) for name, text in rule["annotations"].items()}
+    return {"exp_labels": {**case.labels, **rule["labels"]}, "exp_annotations": annotations}
+
+
+def test_promtool_finds_nothing_wrong_with_the_rules() -> None:
+    done = subprocess.run(
+        [tool("promtool"), "check", "rules", "--lint=all", "--lint-fatal", str(RULES)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_alert_has_a_case() -> None:
+    assert [case.alert for case in CASES] == [rule["alert"] for rule in alert_rules()]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.alert)
+def test_the_alert_fires_with_these_words(case: Case, tmp_path: Path) -> None:
+    alert = {"eval_time": f"{case.minute}m", "alertname": case.alert, "exp_alerts": [expected(case)]}
+    promtool_test(tmp_path, [{"interval": "1m", "input_series": case.series, "alert_rule_test": [alert]}])
+
+
+def test_no_alert_fires_over_five_hours_of_a_healthy_job(tmp_path: Path) -> None:
+    quiet = [
+        {"eval_time": f"{minute}m", "alertname": rule["alert"], "exp_alerts": []}
+        for rule in alert_rules()
+        for minute in range(10, 300, 10)
+    ]
+    promtool_test(tmp_path, [{"interval": "1m", "input_series": HEALTHY, "alert_rule_test": quiet}])
+
+
+# ---- every expression is about series that the code exports ----------------------------------------------------------
+
+
+def exported() -> dict[str, set[str]]:
+    """Name of every sample that operator and trainer export -> its labels, from their real collectors."""
+    from prometheus_client import CollectorRegistry
+
+    from finetune_api.report import Heartbeat, Phase, Progress
+    from finetune_operator.metrics import API_REQUESTS, REGISTRY, RESTARTS, WATCH_EVENTS, LiveCollector
+    from finetune_trainer.metrics import TrainerCollector
+
+    for counter, labels in ((API_REQUESTS, ("get", "jobs", "200")), (WATCH_EVENTS, ("jobs",)), (RESTARTS, ("User",))):
+        counter.labels(*labels)
+    beat = Heartbeat(
+        rank=0, local_rank=0, pid=1, phase=Phase.TRAINING, step=1, total_steps=2, loss=1.0, validation_loss=1.0,
+        learning_rate=1e-4, gradient_norm=1.0, tokens_per_second=1.0, step_seconds_counts=(1,) * 12,
+        model_flops_utilization=0.5, checkpoint_step=1, checkpoint_seconds=1.0, checkpoint_bytes=1,
+    )  # fmt: skip
+    page = Progress(job={}, node_rank=0, pid=1, phase=Phase.TRAINING, ranks=(beat,))
+
+    class Status:
+        def progress(self) -> Progress:
+            return page
+
+    registry = CollectorRegistry()
+    registry.register(TrainerCollector(Status()))  # type: ignore[arg-type]
+    registry.register(LiveCollector(lambda: {}, lambda: 0, lambda: 0.0))
+    found: dict[str, set[str]] = {}
+    for source in (registry, REGISTRY):
+        for family in source.collect():
+            for sample in family.samples:
+                found.setdefault(sample.name, set()).update(sample.labels)
+    return found
+
+
+TARGET_LABELS = {"namespace", "pod", "job", "finetune_job", "finetune_node"}  # added by the scrape configuration
+
+
+@pytest.mark.parametrize("expression", all_expressions("team-a", "bot"), ids=lambda found: found.name)
+def test_every_expression_reads_series_and_labels_that_exist(expression) -> None:  # type: ignore[no-untyped-def]
+    series = exported()
+    assert expression.selectors
+    known = set(TARGET_LABELS)
+    for selector in expression.selectors:
+        name, _, matchers = selector.partition("{")
+        assert name in series, f"nobody exports {name}"
+        known |= series[name]
+        assert set(re.findall(r"(\w+)\s*(?:=~|!=|!~|=)", matchers)) <= series[name] | TARGET_LABELS
+    for clause in re.findall(r"\b(?:by|on) \(([^)]*)\)", expression.promql):
+        assert set(re.split(r",\s*", clause)) <= known
+
+
+def test_the_dashboard_shows_every_series_of_the_trainer_and_the_operator() -> None:
+    shown = {selector.partition("{")[0] for found in all_expressions("a", "b") for selector in found.selectors}
+    families = {
+        re.sub(r"_(bucket|sum|count|created)$", "", name) for name in exported() if not name.endswith("_created")
+    }
+    assert families - {re.sub(r"_(bucket|sum|count)$", "", name) for name in shown} == set()
+
+
+def test_panels_of_the_dashboard_do_not_overlap_and_have_ids_of_their_own() -> None:
+    panels = json.loads((CHART / "files/dashboard.json").read_text(encoding="utf-8"))["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    taken: set[tuple[int, int]] = set()
+    for panel in panels:
+        at = panel["gridPos"]
+        cells = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
+        assert not cells & taken, panel["title"]
+        assert at["x"] + at["w"] <= 24
+        taken |= cells
+
+
+def test_every_alert_has_a_runbook() -> None:
+    page = (CHART.parent.parent / "docs/monitoring.md").read_text(encoding="utf-8")
+    assert [name for rule in alert_rules() if f"### {(name := rule['alert'])}\n" not in page] == []
