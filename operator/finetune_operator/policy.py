@@ -149,9 +149,9 @@ def _accelerator(spec: FineTuneJobSpec, _settings: OperatorSettings) -> Iterator
     accelerator = spec.resources.accelerator
     if accelerator is None:
         return
-    domain = accelerator.resource_name.partition("/")[0]
-    # What is not an extended resource could name the node's own, and is refused by the API server.
-    if not _is_label_key(accelerator.resource_name) or domain == "kubernetes.io" or domain.endswith(".kubernetes.io"):
+    name = accelerator.resource_name
+    # The API server's own definition; what is left are amounts of the node itself and names of quotas.
+    if not _is_label_key(f"requests.{name}") or "kubernetes.io/" in name or name.startswith("requests."):
         yield Problem(
             "spec.resources.accelerator.resourceName",
             accelerator.resource_name,
