@@ -12,9 +12,12 @@ from tests.apiserver.kube import Document, Kube, Refused
 from tests.apiserver.kubelet import Kubelet, index_of
 from tests.unit.operator.build_shapes import SETTINGS, SHAPES, children, examples, planned, smallest
 
+from finetune_api.errors import SpecError
 from finetune_api.exits import Cause, ExitClass
 from finetune_api.report import Termination
+from finetune_api.validation import Place, parse_spec
 from finetune_operator.build import Children, build_children
+from finetune_operator.policy import policy_problems
 
 JOBS: dict[str, tuple[Document, Any]] = {
     **SHAPES,
@@ -51,6 +54,64 @@ def test_what_is_stored_is_what_was_built(kube: Kube, name: str) -> None:
     spec, settings = JOBS[name]
     for manifest in children(spec, settings, namespace=kube.namespace).manifests:
         assert missing(manifest, kube.apply(manifest, dryRun="All")) == []
+
+
+def test_the_longest_name_and_the_largest_gang_are_taken(kube: Kube) -> None:
+    spec = smallest(distributed={"nodes": 4096}, training={"globalBatchSize": 4096})
+    built = children(spec, name="a" * 50, namespace=kube.namespace)
+    for manifest in built.manifests:
+        kube.create(manifest, dryRun="All")
+
+
+def test_what_the_policy_lets_pass_the_api_server_takes(kube: Kube) -> None:
+    """Words of every kind where a user may write a name: nothing that is accepted may be refused later."""
+    words = (
+        "a",
+        "a.b",
+        "a/b",
+        "a.b/c_D.e",
+        "A",
+        "-a",
+        "a-",
+        "a_b",
+        "_",
+        "a..b",
+        "a//b",
+        "/a",
+        "a/",
+        "é",
+        "a b",
+        "kubernetes.io/a",
+    )
+    taken, refused = [], []
+    for word in (*words, *(f"{word * 70}" for word in ("a", "a/", "a."))):
+        for block in placements(word):
+            spec = smallest(distributed={"nodes": 2}, **block)
+            try:
+                typed = parse_spec(spec, place=Place.CLUSTER)
+            except SpecError:
+                continue
+            if policy_problems(typed, SETTINGS):
+                refused.append(block)
+                continue
+            kube.create(children(spec, namespace=kube.namespace).job, dryRun="All")
+            taken.append(block)
+    assert (len(taken) > 40, len(refused) > 40) == (True, True)
+
+
+def placements(word: str) -> Iterator[Document]:
+    """A spec's blocks with ``word`` in each place that holds a name of the cluster."""
+    yield {"placement": {"nodeSelector": {word: "x"}}}
+    yield {"placement": {"nodeSelector": {"x": word[:63]}}}
+    yield {"placement": {"tolerations": [{"key": word, "operator": "Exists"}]}}
+    yield {"placement": {"tolerations": [{"key": "x", "value": word[:63]}]}}
+    yield {"placement": {"tolerations": [{"value": word[:63], "effect": "NoExecute", "tolerationSeconds": 1}]}}
+    yield {"placement": {"topologyKey": word}}
+    yield {"placement": {"schedulerName": word}}
+    yield {"placement": {"priorityClassName": word}}
+    yield {"resources": {"accelerator": {"resourceName": word}}}
+    yield {"resources": {"accelerator": {"resourceName": f"{word}/gpu"}}}
+    yield {"model": {"uri": f"pvc://{word}/x"}}
 
 
 def _pod(change: Callable[[Document], Any]) -> Callable[[Document], Any]:

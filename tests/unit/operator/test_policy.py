@@ -142,6 +142,23 @@ def test_what_kubernetes_would_refuse_of_the_children_is_said_first() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "is_extended"),
+    [
+        ("nvidia.com/gpu", True),
+        ("nvidia.com/mig-1g.10gb", True),
+        ("nodes.kubernetes.io/x", False),
+        ("mykubernetes.io/x", False),
+        ("requests.nvidia.com/gpu", False),
+        ("nvidia.com/_gpu", False),
+        ("-nvidia.com/gpu", False),
+    ],
+)
+def test_an_accelerator_is_an_extended_resource(name: str, is_extended: bool) -> None:
+    found = problems(smallest(resources={"accelerator": {"resourceName": name}}))
+    assert (found == []) is is_extended
+
+
 def test_labels_and_annotations_that_are_copied_are_bounded() -> None:
     many = {f"finetune.dev/{number}": "x" for number in range(33)}
     long = {"kueue.x-k8s.io/note": "x" * 20_000, "team": "y" * 200_000}
