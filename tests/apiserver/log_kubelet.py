@@ -79,7 +79,7 @@ class LogKubelet:
                 self._stream(log, options)
 
             def _stream(self, log: Log, options: dict[str, str]) -> None:
-                sent = len(log.lines) - int(options["tailLines"]) if "tailLines" in options else 0
+                sent = max(0, len(log.lines) - int(options["tailLines"])) if "tailLines" in options else 0
                 since = datetime.now(UTC) - timedelta(seconds=int(options.get("sinceSeconds", 10**6)))
                 while True:
                     over = not log.open or "follow" not in options

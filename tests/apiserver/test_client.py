@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import os
 import signal
@@ -11,10 +12,11 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 from ruamel.yaml import YAML
@@ -24,6 +26,7 @@ from tests.apiserver.manifests import manifest
 from tests.apiserver.proxy import Proxy, dropped, gone, internal_error
 from tests.unit.client.jobs import complete, condition, dump, failed, running
 
+from finetune.cli import main
 from finetune_api.report import ArtifactManifest, Termination
 from finetune_api.status import FineTuneJobStatus, StatusArtifacts
 from finetune_storage import ObjectStore, commit, write_file
@@ -33,24 +36,21 @@ INDEX = "batch.kubernetes.io/job-completion-index"
 
 
 class Shell:
-    """Runs ``finetune`` with a kubeconfig."""
+    """Runs ``finetune`` with a kubeconfig: here, or (``start``) as a process of its own."""
 
     def __init__(self, kubeconfig: Path, folder: Path) -> None:
         self.folder = folder
         self.environment = {**os.environ, "KUBECONFIG": str(kubeconfig), "COLUMNS": "200"}
 
-    def __call__(self, *arguments: str | Path, stdin: str | None = None) -> tuple[int, str, str]:
-        ended = subprocess.run(
-            [COMMAND, *map(str, arguments)],
-            cwd=self.folder,
-            env=self.environment,
-            input=stdin,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        return ended.returncode, ended.stdout, ended.stderr
+    def __call__(self, *arguments: str | Path, stdin: str = "") -> tuple[int, str, str]:
+        said, complaint = io.StringIO(), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(complaint):
+            patch.chdir(self.folder)
+            patch.setenv("KUBECONFIG", self.environment["KUBECONFIG"])
+            patch.setattr("sys.stdin", io.StringIO(stdin))
+            patch.setattr("sys.argv", [COMMAND])
+            code = main(list(map(str, arguments)))
+        return code, said.getvalue(), complaint.getvalue()
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -61,6 +61,24 @@ class Shell:
             stderr=subprocess.PIPE,
             text=True,
         )
+
+
+class Reading:
+    """Lines of a running command as they come."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        assert stream is not None
+        self.lines: list[str] = []
+        self._stream = stream
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        for line in self._stream:
+            self.lines.append(line.rstrip("\n"))
+
+    def until(self, kube: Kube, *expected: str) -> None:
+        """Wait for these lines among those that have come."""
+        kube.wait(lambda: all(line in self.lines for line in expected), f"{expected} among {self.lines}", seconds=60)
 
 
 @pytest.fixture
@@ -309,12 +327,12 @@ def test_a_list_of_kubeconfigs_is_merged_and_the_first_current_context_wins(
 
 
 def test_waiting_ends_when_the_job_is_complete(shell: Shell, kube: Kube, bot: str) -> None:
-    waiting = shell.start("wait", bot, "--timeout", "30s")
-    time.sleep(1.0)
+    waiting = shell.start("wait", bot, "--timeout", "60s")
     be_operator(kube, bot, running())
+    time.sleep(1.0)
     assert waiting.poll() is None
     be_operator(kube, bot, complete())
-    said, complaint = waiting.communicate(timeout=10)
+    said, complaint = waiting.communicate(timeout=60)
     assert (waiting.returncode, said, complaint) == (
         0,
         "FineTuneJob 'bot' is Complete: completed after 1170 steps\n",
@@ -351,14 +369,17 @@ def test_waiting_too_long_ends_with_code_124(shell: Shell, kube: Kube, bot: str)
 
 
 def test_waiting_for_deletion_and_being_surprised_by_it(shell: Shell, kube: Kube, bot: str) -> None:
-    patient, surprised = shell.start("wait", bot, "--for", "Deleted"), shell.start("wait", bot)
-    time.sleep(1.5)
-    kube.delete("FineTuneJob", bot)
-    assert (patient.communicate(timeout=10)[0], patient.returncode) == ("FineTuneJob 'bot' is Deleted\n", 0)
-    assert (surprised.communicate(timeout=10)[1], surprised.returncode) == (
-        "the FineTuneJob 'bot' was deleted before it was Complete\n",
-        1,
-    )
+    with Proxy(kube.server) as proxy:
+        kube.server.write_kubeconfig(shell.folder / "proxied", url=proxy.url, namespace=kube.namespace)
+        patient = shell.start("wait", bot, "--for", "Deleted", "--kubeconfig", "proxied")
+        surprised = shell.start("wait", bot, "--kubeconfig", "proxied")
+        kube.wait(lambda: len([one for one in proxy.seen if not one.is_watch]) >= 4, "both have looked", seconds=60)
+        kube.delete("FineTuneJob", bot)
+        assert (patient.communicate(timeout=60)[0], patient.returncode) == ("FineTuneJob 'bot' is Deleted\n", 0)
+        assert (surprised.communicate(timeout=60)[1], surprised.returncode) == (
+            "the FineTuneJob 'bot' was deleted before it was Complete\n",
+            1,
+        )
 
 
 def test_a_wait_survives_410_errors_and_broken_connections(shell: Shell, kube: Kube, bot: str) -> None:
@@ -366,13 +387,13 @@ def test_a_wait_survives_410_errors_and_broken_connections(shell: Shell, kube: K
         kube.server.write_kubeconfig(shell.folder / "proxied", url=proxy.url, namespace=kube.namespace)
         proxy.inject(gone(lambda seen: seen.is_watch))
         waiting = shell.start("wait", bot, "--timeout", "60s", "--kubeconfig", "proxied")
-        kube.wait(lambda: [one for one in proxy.seen if one.fault == "410"], "a watch has ended with 410")
+        kube.wait(lambda: [one for one in proxy.seen if one.fault == "410"], "a watch has ended with 410", seconds=60)
         proxy.inject(dropped(lambda seen: seen.is_watch))
         proxy.inject(internal_error(lambda seen: seen.method == "GET" and not seen.is_watch, times=2))
         proxy.break_watches()
-        kube.wait(lambda: {"drop", "500"} <= {one.fault for one in proxy.seen}, "all faults have struck")
+        kube.wait(lambda: {"drop", "500"} <= {one.fault for one in proxy.seen}, "all faults have struck", seconds=60)
         be_operator(kube, bot, complete())
-        said, complaint = waiting.communicate(timeout=30)
+        said, complaint = waiting.communicate(timeout=60)
     assert (waiting.returncode, complaint) == (0, "")
     assert said == "FineTuneJob 'bot' is Complete: completed after 1170 steps\n"
 
@@ -477,48 +498,41 @@ def test_a_job_without_an_artifact_says_how_to_wait_for_it(shell: Shell, kube: K
 def test_run_on_kubernetes_submits_follows_and_fetches(shell: Shell, kube: Kube) -> None:
     write(shell.folder, manifest(name="bot"))
     uri, sha256 = publish(shell.folder)
-    following = shell.start("run", "--on", "kubernetes", "job.yaml", "--output", "json")
-    kube.wait(lambda: kube.find("FineTuneJob", "bot"), "the job is there")
+    process = shell.start("run", "--on", "kubernetes", "job.yaml", "--output", "json")
+    told = Reading(process.stderr)
+    told.until(kube, f"FineTuneJob 'bot' created in the namespace '{kube.namespace}'")
     be_operator(kube, "bot", FineTuneJobStatus(state="Pending", message="waiting for 2 nodes"))
-    time.sleep(1.0)
+    told.until(kube, "pending: waiting for 2 nodes")
     be_operator(kube, "bot", running())
-    time.sleep(1.0)
+    told.until(kube, "training (attempt 2), step 420/1170, loss 1.31, 2,913 tokens/s, about 38 min 00 s left")
     be_operator(kube, "bot", complete(uri, sha256))
-    said, told = following.communicate(timeout=20)
-    assert following.returncode == 0, told
+    said = process.stdout.read() if process.stdout else ""
+    assert process.wait(60) == 0, told.lines
     result = json.loads(said)
     assert (result["state"], result["job"], result["fetchedTo"]) == ("Completed", f"{kube.namespace}/bot", "bot")
     assert result["artifacts"]["manifestSha256"] == sha256
     assert (shell.folder / "bot" / "adapter.bin").exists()
-    for line in (
-        f"FineTuneJob 'bot' created in the namespace '{kube.namespace}'",
-        "pending: waiting for 2 nodes",
-        "attempt 1 ended at step 217 (RankKilled): rank 3 was killed by SIGKILL",
-        "training (attempt 2), step 420/1170, loss 1.31, 2,913 tokens/s, about 38 min 00 s left",
-        "Completed: completed after 1170 steps",
-        "fetched to bot, every digest verified",
-    ):
-        assert line in told.splitlines()
+    told.until(kube, "fetched to bot, every digest verified")
+    assert "attempt 1 ended at step 217 (RankKilled): rank 3 was killed by SIGKILL" in told.lines
+    assert "Completed: completed after 1170 steps" in told.lines
 
 
 def test_ctrl_c_detaches_and_the_same_command_comes_back(shell: Shell, kube: Kube) -> None:
     write(shell.folder, manifest(name="bot"))
-    following = shell.start("run", "--on", "kubernetes", "job.yaml")
-    kube.wait(lambda: kube.find("FineTuneJob", "bot"), "the job is there")
-    be_operator(kube, "bot", running())
-    time.sleep(1.0)
-    following.send_signal(signal.SIGINT)
-    _, told = following.communicate(timeout=10)
-    assert following.returncode == 130
-    assert told.splitlines()[-3:] == [
+    process = shell.start("run", "--on", "kubernetes", "job.yaml")
+    told = Reading(process.stderr)
+    told.until(kube, "waiting for the operator: no operator has looked at it yet")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    told.until(kube, f"to stop it: finetune cancel bot --namespace {kube.namespace}")
+    assert told.lines[-3:-1] == [
         "detached; the job goes on in the cluster",
         "to come back: finetune run --on kubernetes job.yaml",
-        f"to stop it: finetune cancel bot --namespace {kube.namespace}",
     ]
     be_operator(kube, "bot", failed())
-    code, said, told = shell("run", "--on", "kubernetes", "job.yaml")
+    code, said, complaint = shell("run", "--on", "kubernetes", "job.yaml")
     assert (code, said) == (11, "Failed: train.jsonl:7 is not a conversation\n")
-    assert told.splitlines() == [
+    assert complaint.splitlines() == [
         f"FineTuneJob 'bot' found (Failed) in the namespace '{kube.namespace}'",
         "failed: train.jsonl:7 is not a conversation",
         f"the first error: finetune logs bot --namespace {kube.namespace} --first-error",
@@ -575,31 +589,6 @@ def set_state(kube: Kube, name: str, phase: str, state: dict[str, Any]) -> None:
     kube.patch("Pod", name, {"status": {"phase": phase, "containerStatuses": [container]}}, subresource="status")
 
 
-class Reading:
-    """Lines of a running command as they come."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.process = process
-        self.lines: list[str] = []
-        self._thread = threading.Thread(target=self._read, daemon=True)
-        self._thread.start()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.append(line.rstrip("\n"))
-
-    def until(self, kube: Kube, *expected: str) -> None:
-        kube.wait(lambda: self.lines == list(expected), f"{expected} were printed, not {self.lines}")
-
-    def end(self) -> tuple[int, Sequence[str]]:
-        assert self.process.stderr is not None
-        told = self.process.stderr.read()
-        code = self.process.wait(10)
-        self._thread.join(5)
-        return code, told.splitlines()
-
-
 def test_logs_follow_a_rank_across_replaced_pods_and_broken_connections(
     shell: Shell, kube: Kube, bot: str, kubelet: LogKubelet
 ) -> None:
@@ -608,22 +597,23 @@ def test_logs_follow_a_rank_across_replaced_pods_and_broken_connections(
     run_pod(kube, kubelet, bot, 1, "other").write("not of rank 0")
     first.write("step 1", "step 2")
     first.break_after = 3
-    reading = Reading(shell.start("logs", bot))
-    reading.until(kube, "step 1", "step 2")
+    process = shell.start("logs", bot)
+    read, told = Reading(process.stdout), Reading(process.stderr)
+    read.until(kube, "step 1", "step 2")
     first.write("step 3", "step 3", "step 4")
-    reading.until(kube, "step 1", "step 2", "step 3", "step 3", "step 4")
-    assert len(first.requests) >= 2
+    read.until(kube, "step 4")
+    assert "sinceSeconds" not in first.requests[0]
     assert "sinceSeconds" in first.requests[1]
     end_pod(kube, kubelet, f"ftj-{bot}-0-aaaaa", None, 31)
     second = run_pod(kube, kubelet, bot, 0, "bbbbb")
     second.write("again from step 2")
-    kube.wait(lambda: reading.lines[-1] == "again from step 2", "the replaced pod is followed")
+    read.until(kube, "again from step 2")
     end_pod(kube, kubelet, f"ftj-{bot}-0-bbbbb", None, 0)
     be_operator(kube, bot, complete())
-    code, told = reading.end()
-    assert code == 0
-    assert reading.lines == ["step 1", "step 2", "step 3", "step 3", "step 4", "again from step 2"]
-    assert [line for line in told if not line.startswith("waiting")] == [
+    told.until(kube, "the FineTuneJob 'bot' is Complete: completed after 1170 steps")
+    assert process.wait(60) == 0
+    assert read.lines == ["step 1", "step 2", "step 3", "step 3", "step 4", "again from step 2"]
+    assert [line for line in told.lines if not line.startswith("waiting")] == [
         f"--- pod ftj-bot-0-aaaaa on node {kubelet.node} ---",
         f"--- pod ftj-bot-0-bbbbb on node {kubelet.node} ---",
         "the FineTuneJob 'bot' is Complete: completed after 1170 steps",

@@ -14,6 +14,7 @@ from urllib3.exceptions import (
     HTTPError,
     MaxRetryError,
     NameResolutionError,
+    NewConnectionError,
     ReadTimeoutError,
     SSLError,
 )
@@ -111,7 +112,7 @@ def _network_words(error: BaseException) -> str:
         return "its name is not known here"
     if isinstance(error, SSLError):
         return f"TLS failed ({_last_words(error)})"
-    if isinstance(error, ConnectTimeoutError):
+    if isinstance(error, ConnectTimeoutError) and not isinstance(error, NewConnectionError):
         return "it did not answer the connection in time"
     if isinstance(error, ReadTimeoutError):
         return "it accepted the request and did not answer in time"

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.cluster.errors import ClusterError
-from finetune.cluster.job import COMPLETE, Job
+from finetune.cluster.job import Job
+from finetune.program import program
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def fetch(job: Job, directory: Path, endpoint: str | None = None) -> Fetched:
     if artifacts is None:
         raise ClusterError(
             f"the FineTuneJob '{job.name}' has published nothing; it is {job.state}",
-            job.message if job.ended not in {None, COMPLETE} else f"wait for it: finetune wait {job.name}",
+            job.message if job.ended is not None else f"wait for it: {program()} wait {job.name}",
         )
     output = job.spec.get("output") or {}
     store = ObjectStore.open(

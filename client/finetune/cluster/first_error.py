@@ -14,7 +14,7 @@ from finetune_api.report import Termination
 from finetune_api.status import StatusAttempt
 
 LAST_LINES = 20
-_FINE = frozenset({ExitClass.COMPLETED.value, ExitClass.INTERRUPTED.value})
+_FINE = frozenset({ExitClass.COMPLETED.value, ExitClass.INTERRUPTED.value, "Suspended"})
 
 
 @dataclass(frozen=True)

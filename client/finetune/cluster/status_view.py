@@ -163,7 +163,10 @@ def _attempts(job: Job, now: datetime) -> Iterator[str]:
     if not attempts:
         return
     total = job.status.total_attempts or len(attempts)
-    yield "attempts" + (f" (the last {len(attempts)} of {total})" if total > len(attempts) else "")
+    causes = ", ".join(f"{known.cause} {known.count}" for known in job.status.restarts)
+    notes = [f"the last {len(attempts)} of {total}"] if total > len(attempts) else []
+    notes += [f"ended by {causes}"] if causes else []
+    yield "attempts" + (f" ({'; '.join(notes)})" if notes else "")
     header = ("#", "STARTED", "RAN", "FROM STEP", "LAST STEP", "LOST", "CAUSE", "EXIT", "MESSAGE")
     yield from table(header, [_attempt(attempt, now) for attempt in attempts], "  ")
 

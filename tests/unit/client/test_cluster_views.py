@@ -25,7 +25,7 @@ from finetune.durations import parse_duration
 from finetune.progress_view import LineView
 from finetune_api.exits import ExitClass
 from finetune_api.report import Phase, Termination
-from finetune_api.status import FineTuneJobStatus, StatusAttempt
+from finetune_api.status import FineTuneJobStatus, StatusAttempt, StatusRestarts
 
 
 def test_the_list_is_a_table_as_kubectl_prints_it() -> None:
@@ -90,6 +90,12 @@ def test_the_status_of_a_complete_job_names_its_artifact_and_metrics() -> None:
         "  metrics       trainLoss 1.12, validationLoss 1.20",
     ]
     assert not [line for line in lines if "left" in line or "as of" in line]
+
+
+def test_a_long_ledger_says_how_many_attempts_it_no_longer_lists_and_what_ended_them() -> None:
+    restarts = (StatusRestarts(cause="RankKilled", count=20), StatusRestarts(cause="Evicted", count=3))
+    lines = status_screen(make_job(running(total_attempts=24, restarts=restarts)), [], NOW).splitlines()
+    assert "attempts (the last 2 of 24; ended by RankKilled 20, Evicted 3)" in lines
 
 
 def test_a_pending_job_says_what_it_waits_for() -> None:
