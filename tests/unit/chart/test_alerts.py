@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from tests.chart import CHART, Document, alert_rules, all_expressions, tool
+from tests.chart import CHART, ROOT, Document, alert_rules, all_expressions, load_yaml, tool
 
 RULES = CHART / "files/rules.yaml"
 OPERATOR = 'namespace="finetune-system",job="finetune-operator",pod="operator-1"'
@@ -251,6 +251,20 @@ def test_panels_of_the_dashboard_do_not_overlap_and_have_ids_of_their_own() -> N
         taken |= cells
 
 
+def test_the_scrape_configuration_for_a_plain_prometheus_is_valid_and_adds_the_labels_of_the_expressions() -> None:
+    path = ROOT / "deploy/prometheus/scrape.yaml"
+    done = subprocess.run(
+        [tool("promtool"), "check", "config", "--syntax-only", str(path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    operator_job, trainer_job = (
+        {rule["target_label"] for rule in entry["relabel_configs"] if "target_label" in rule}
+        for entry in load_yaml(path.read_text(encoding="utf-8"))["scrape_configs"]
+    )
+    assert operator_job == {"namespace", "pod"}
+    assert trainer_job == TARGET_LABELS - {"job"}
+
+
 def test_every_alert_has_a_runbook() -> None:
-    page = (CHART.parent.parent / "docs/monitoring.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/monitoring.md").read_text(encoding="utf-8")
     assert [name for rule in alert_rules() if f"### {(name := rule['alert'])}\n" not in page] == []
