@@ -291,13 +291,27 @@ def _alive(at: Situation, state: str, message: str) -> Judgement:
         state,
         cut(message),
         {
-            "PodsReady": Say(True, "Ready", f"{count(at.nodes, 'pod')} {'is' if at.nodes == 1 else 'are'} ready"),
+            **_readiness(at),
             "Running": Say(True, state, run),
             "Suspended": Say(False, "Running"),
             "Reconciling": Say(True, state, run),
         },
         look_again_seconds=FIRST_PROGRESS_SECONDS if new else float(at.settings.progress.interval_seconds),
     )
+
+
+def _readiness(at: Situation) -> dict[str, Say]:
+    """A launcher may hang or a pod may end while the attempt goes on; without a look at the pods nothing is said."""
+    job = at.job
+    if job is None or job.ready + job.succeeded >= at.nodes:
+        ready = f"{count(at.nodes, 'pod')} {'is' if at.nodes == 1 else 'are'} ready"
+        return {"PodsReady": Say(True, "Ready", ready)}
+    names = [pod.name for pod in at.newest if not pod.ready and pod.phase != "Succeeded"]
+    if not names:
+        return {}
+    return {
+        "PodsReady": Say(False, "PodsNotReady", f"{enumeration(names)} {'is' if len(names) == 1 else 'are'} not ready")
+    }
 
 
 def pending(at: Situation) -> Judgement | None:

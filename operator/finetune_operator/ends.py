@@ -91,6 +91,14 @@ def gone(observed: Observed, uids: frozenset[str]) -> Iterator[End]:
         yield End(cause, observed.now, message, uid=uid)
 
 
+def leaving(observed: Observed, uids: frozenset[str]) -> Iterator[End]:
+    """Pods of ``uids`` that are asked to go: why the others lost them."""
+    for pod in observed.pods or ():
+        if short_uid(pod.uid) in uids and pod.deleted is not None and not pod.ended:
+            cause, message = _cause(pod, observed)
+            yield End(cause, observed.now, message, uid=short_uid(pod.uid), pod=pod.name, node=pod.node)
+
+
 def _deletion(observed: Observed) -> tuple[PodCause, str]:
     if observed.job is not None and observed.job.failure and observed.job.failure[0] == "DeadlineExceeded":
         return PodCause.DEADLINE_EXCEEDED, "stopped because runPolicy.activeDeadlineSeconds is over"

@@ -14,7 +14,7 @@ from datetime import datetime
 
 from finetune_api.exits import ExitClass
 from finetune_api.status import FineTuneJobStatus, StatusAttempt, StatusRestarts
-from finetune_operator.ends import End, ends, gone, short_uid
+from finetune_operator.ends import End, ends, gone, leaving, short_uid
 from finetune_operator.failures import ECHO, policy
 from finetune_operator.observe import Observed, PodView, parse_time
 from finetune_operator.sentences import ATTEMPT_LENGTH, cut, time_text
@@ -131,12 +131,16 @@ class _Book:
         return entry.model_copy(update=update)
 
     def note_missing(self, observed: Observed) -> None:
-        """Pods of the last attempt that vanished: its end if it is open, its cause if nobody knew better."""
+        """Pods of the last attempt that vanished or must go: its end if it is open, its cause if nobody knew better."""
         last = self.last
         if last is None or (last.cause is not None and policy(last.cause).blame < ECHO):
             return
-        for end in gone(observed, frozenset(last.pods)):
+        members = frozenset(last.pods)
+        for end in gone(observed, members):
             self.note(end)
+        if last.ended_at is not None:
+            for end in leaving(observed, members):
+                self.note(end)
 
     # ---- beginnings -----------------------------------------------------------------------------------------------
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from tests.unit.operator.job_life import URI, Life, at, dead, job, new_pod, over, page, pod, said, text
 
@@ -72,7 +70,7 @@ def test_the_guilty_end_names_the_attempt_whoever_speaks_first(order: str) -> No
     if order == "pod first":
         life.look(21, job(ready=1), [pod(0), gone], [page(0, step=9)])
     else:
-        life.look(23, job(ready=1), [pod(0), replace(pod(1), deleted=at(140))], [page(0, "", ended=(broken,))])
+        life.look(23, job(ready=1), [pod(0), pod(1)], [page(0, "", ended=(broken,))])
         assert life.attempts("cause") == [("CommunicationFailed",)]
     life.look(26, job(ready=1), [pod(0), gone, new_pod(1, "b")], [page(0, "", ended=(broken,))])
     assert life.attempts("number", "endedAt", "cause", "pod", "lastStep", "message") == [
@@ -230,7 +228,18 @@ def test_launchers_that_saw_their_ranks_stop_before_the_pods_went_away_were_susp
     stopped = over("g1", ExitClass.INTERRUPTED, 20, "rank 0 was asked to stop", last_step=9)
     leaving = [pod(n, deleted=at(140)) for n in (0, 1)]
     life.look(21, job(suspended=True, terminating=2), leaving, [page(1, "", ended=(stopped,))])
-    assert life.attempts("cause") == [("Interrupted",)]
+    assert life.attempts("cause") == [("Suspended",)]
     life.look(25, job(suspended=True, active=0), [])
     assert life.attempts("number", "endedAt", "cause", "lastStep") == [(1, text(20), "Suspended", 9)]
     assert life.status["restarts"] == [{"cause": "Suspended", "count": 1}]
+
+
+def test_a_pod_that_must_go_explains_why_the_ranks_stopped() -> None:
+    life = Life()
+    life.run()
+    stopped = over("g1", ExitClass.INTERRUPTED, 20, "rank 1 was asked to stop", last_step=9)
+    drained = pod(1, deleted=at(140), disruption=("EvictionByEvictionAPI", "evicting"))
+    life.look(21, job(terminating=1, ready=2), [pod(0), drained], [page(0, "", ended=(stopped,))])
+    assert life.told[-1] == (
+        f"Restarting: attempt 1 ended at step 9 (Drained): pod {drained.name} was evicted by a drain: evicting"
+    )

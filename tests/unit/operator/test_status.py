@@ -349,6 +349,16 @@ def test_a_pod_on_a_lost_node_is_removed_by_force() -> None:
     ]
 
 
+def test_a_pod_that_stops_being_ready_is_named() -> None:
+    life = Life()
+    life.run()
+    life.look(22, job(ready=1), [pod(0), pod(1, ready=False)], [page(0, step=9)])
+    assert life.status["state"] == "Running"
+    assert life.condition("PodsReady") == ("False", "PodsNotReady", "ftj-bot-1-aaaaa is not ready")
+    life.look(33, job(ready=2), [pod(0), pod(1)], [page(0, step=9), page(1, step=9)])
+    assert life.condition("PodsReady") == ("True", "Ready", "2 pods are ready")
+
+
 def test_a_survivor_that_neither_waits_nor_gives_up_is_removed_after_both_timeouts() -> None:
     life = Life()
     life.run()
