@@ -66,30 +66,18 @@ def _host_matches(host: str, rule: str) -> bool:
 
 
 def _endpoints(spec: FineTuneJobSpec, settings: OperatorSettings) -> Iterator[Problem]:
+    """A named endpoint is a listed one. An ``s3://`` URI has to name one: its bucket belongs to whoever is asked."""
     allowed = settings.uris.endpoints
     if not allowed:
         return
     listed = ", ".join(allowed)
+    default = any(settings.pod_defaults.environment.get(name) for name in VARIABLES["s3"] if name in ENDPOINT_VARIABLES)
     for path, uri, location in locations(spec):
-        scheme = uri.partition("://")[0]
-        if scheme not in VARIABLES:
-            continue
-        if location.endpoint is None:
-            if not _has_default_endpoint(scheme, settings):
-                yield Problem(
-                    f"{path}.endpoint",
-                    None,
-                    "is missing, and this cluster allows only listed endpoints",
-                    f"use {listed}",
-                )
-        elif _canonical(location.endpoint) not in {_canonical(endpoint) for endpoint in allowed}:
+        if location.endpoint is None and uri.startswith("s3://") and not default:
+            rule = "is missing, and this cluster allows only listed endpoints"
+            yield Problem(f"{path}.endpoint", None, rule, f"use {listed}")
+        elif location.endpoint and _canonical(location.endpoint) not in {_canonical(endpoint) for endpoint in allowed}:
             yield Problem(f"{path}.endpoint", location.endpoint, "is not allowed in this cluster", f"use {listed}")
-
-
-def _has_default_endpoint(scheme: str, settings: OperatorSettings) -> bool:
-    """Whether the administrator has said where URIs of this scheme lead."""
-    environment = settings.pod_defaults.environment
-    return any(environment.get(name) for name in VARIABLES[scheme] if name in ENDPOINT_VARIABLES)
 
 
 def _canonical(endpoint: str) -> str:

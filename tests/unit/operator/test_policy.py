@@ -98,8 +98,16 @@ def test_an_endpoint_that_the_administrator_has_set_for_everybody_need_not_be_na
         }
     )
     assert policy_problems(parse_spec(smallest()), settings) == []
-    assert [p.path for p in policy_problems(parse_spec(smallest(model={"uri": "hf://org/model"})), settings)] == [
-        "spec.model.endpoint"
+
+
+def test_a_hub_or_a_cloud_of_one_owner_needs_no_endpoint_but_may_not_be_another() -> None:
+    output = {"uri": "s3://out/x", "endpoint": "https://s3.example"}
+    data = {"train": [{"uri": "gs://data/x.jsonl"}]}
+    spec = smallest(model={"uri": "hf://org/model"}, dataset=data, output=output)
+    assert problems(spec, endpoints=["https://s3.example"]) == []
+    mirror = {"uri": "hf://org/model", "endpoint": "https://mirror.example"}
+    assert problems(spec | {"model": mirror}, endpoints=["https://s3.example"]) == [
+        "spec.model.endpoint: is not allowed in this cluster ('https://mirror.example'); use https://s3.example"
     ]
 
 
