@@ -15,7 +15,7 @@ SOURCES := api storage trainer operator client deploy tests examples bench
 export PYTHONUNBUFFERED := 1
 export UV_PYTHON_DOWNLOADS := never
 
-.PHONY: demo test lint verify generate deploy-manifests bench lock install clean
+.PHONY: cluster cluster-down demo test lint verify generate deploy-manifests bench lock install clean
 .DEFAULT_GOAL := test
 
 demo: $(INSTALLED)
@@ -39,6 +39,12 @@ generate: $(INSTALLED)
 
 deploy-manifests: $(INSTALLED) # from the chart: deploy/install.yaml, rules, dashboard, docs/helm-values.md; needs helm
 	$(BIN)/python -m deploy.render
+
+cluster: # a real Kubernetes on this machine; docs/local-cluster.md
+	@$(PYTHON) -m deploy.local.cluster up --nodes $(or $(NODES),2)
+
+cluster-down:
+	@$(PYTHON) -m deploy.local.cluster down
 
 bench: $(BENCH_INSTALLED)
 	$(BIN)/python -m bench

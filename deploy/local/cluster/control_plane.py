@@ -34,6 +34,7 @@ AUDIT_POLICY = {
     "kind": "Policy",
     "omitStages": ["RequestReceived"],
     "rules": [
+        {"level": "None", "nonResourceURLs": ["/*"]},  # discovery and health
         # controllers of Kubernetes itself
         {"level": "None", "userGroups": ["system:serviceaccounts:kube-system"], "verbs": ["get", "list", "watch"]},
         {

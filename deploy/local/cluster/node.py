@@ -98,6 +98,21 @@ def kill_component(layout: Layout, node: Node, component: str) -> None:
     processes.run("nsenter", "-t", _require_on(layout, node), "-m", "-p", "kill", "-9", inside)
 
 
+def component_runs(layout: Layout, node: Node, component: str) -> bool:
+    """Whether the process of that name lives inside the node.
+
+    Raises:
+        ClusterError: no such component, or the node is off.
+    """
+    _require_component(component)
+    inside = (layout.node_state(node) / f"pid.{component}").read_text()
+    program = Path("/proc") / inside / "comm"
+    listed = subprocess.run(
+        enter_command(layout, node, ["cat", str(program)]), capture_output=True, text=True, check=False
+    )
+    return listed.stdout.strip() == component
+
+
 def start_component(layout: Layout, node: Node, component: str) -> None:
     """Start what `kill_component` ended."""
     _require_component(component)

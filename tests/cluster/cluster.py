@@ -1,0 +1,269 @@
+"""The local cluster as tests see it: kubectl, faults, object storage, Prometheus, the audit log."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import subprocess
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+from deploy.local.cluster import cgroups, cluster, machine, node, object_storage, stores, tools
+from deploy.local.cluster.layout import PROMETHEUS, ClusterError, Layout, tools_cache
+from deploy.local.s3.server import S3Server
+
+PROBE_IMAGE = "localhost/probe:1"
+RESTRICTED = {"pod-security.kubernetes.io/enforce": "restricted"}
+
+
+class LocalCluster:
+    """A running cluster. Names of nodes are n1, n2, ..."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.kubeconfig: Path = layout.kubeconfig
+        self.environment = os.environ | {"KUBECONFIG": str(layout.kubeconfig)}
+
+    # ---- objects
+
+    def kubectl(self, *words: str, text: str | None = None, check: bool = True, seconds: float = 60) -> str:
+        """The output of kubectl as the administrator; with ``check=False`` also its errors, and no exception."""
+        command = [str(tools.program("kubectl")), *words]
+        done = subprocess.run(
+            command, env=self.environment, input=text, capture_output=True, text=True, timeout=seconds, check=False
+        )
+        if check and done.returncode != 0:
+            raise AssertionError(f"kubectl {' '.join(words)}: {done.stderr.strip()}")
+        return done.stdout if check else done.stdout + done.stderr
+
+    def apply(self, *manifests: dict[str, Any], namespace: str | None = None) -> None:
+        """Server-side apply."""
+        items = {"apiVersion": "v1", "kind": "List", "items": list(manifests)}
+        place = ["--namespace", namespace] if namespace else []
+        self.kubectl("apply", "--server-side", *place, "--filename", "-", text=json.dumps(items))
+
+    def get(self, kind: str, name: str, namespace: str = "default") -> dict[str, Any] | None:
+        """One object, or None."""
+        found = self.kubectl("get", kind, name, "--namespace", namespace, "--ignore-not-found", "--output", "json")
+        return json.loads(found) if found else None
+
+    def list(self, kind: str, namespace: str = "default", selector: str = "") -> list[dict[str, Any]]:
+        """Objects of a namespace, by label selector."""
+        words = ["get", kind, "--namespace", namespace, "--output", "json", "--selector", selector]
+        return list(json.loads(self.kubectl(*words))["items"])
+
+    @contextlib.contextmanager
+    def namespace(self, prefix: str = "t") -> Iterator[str]:
+        """A new namespace that accepts restricted pods only; deleted at the end, not waited for."""
+        name = f"{prefix}-{secrets.token_hex(4)}"
+        metadata = {"name": name, "labels": RESTRICTED}
+        self.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": metadata})
+        try:
+            account = "serviceaccount"
+            wait_for(lambda: self.get(account, "default", name) is not None, 30, f"{name} has no default account")
+            yield name
+        finally:
+            self.kubectl("delete", "namespace", name, "--wait=false", check=False)
+
+    # ---- nodes and faults
+
+    def node_ready(self, name: str) -> bool:
+        """As the API server sees it now."""
+        manifest = self.get("node", name)
+        assert manifest is not None
+        conditions = manifest["status"]["conditions"]
+        return any(entry["type"] == "Ready" and entry["status"] == "True" for entry in conditions)
+
+    def wait_until_node(self, name: str, ready: bool, seconds: float = 60) -> float:
+        """Returns how many seconds it took."""
+        started = time.monotonic()
+        wait_for(lambda: self.node_ready(name) is ready, seconds, f"node {name} does not become ready={ready}")
+        return time.monotonic() - started
+
+    def power_off(self, name: str) -> None:
+        """A lost machine: nobody is told."""
+        self._change(lambda: node.power_off(self.layout, self.layout.node(name)))
+
+    def crash(self, name: str) -> None:
+        """All processes of a node die; peers see closed connections."""
+        self._change(lambda: node.crash(self.layout, self.layout.node(name)))
+
+    def boot(self, name: str) -> None:
+        """Switch a node on again, with a cable that carries."""
+        self._change(lambda: node.boot(self.layout, self.layout.node(name)))
+
+    def cut(self, name: str) -> None:
+        """Partition: node and pods live and reach nobody."""
+        node.cut(self.layout.node(name))
+
+    def heal(self, name: str) -> None:
+        node.heal(self.layout.node(name))
+
+    def kill_component(self, name: str, component: str) -> None:
+        """SIGKILL kubelet, containerd or kube-proxy of a node."""
+        self._change(lambda: node.kill_component(self.layout, self.layout.node(name), component))
+
+    def start_component(self, name: str, component: str) -> None:
+        self._change(lambda: node.start_component(self.layout, self.layout.node(name), component))
+
+    def run_on(self, name: str, *command: str) -> str:
+        """The output of a command inside a node's namespaces."""
+        words = node.enter_command(self.layout, self.layout.node(name), command)
+        return subprocess.run(words, capture_output=True, text=True, check=True, timeout=60).stdout
+
+    def load_image(self, archive: Path) -> None:
+        """Import an image archive into every node."""
+        stores.load(self.layout, archive)
+
+    def repair(self) -> None:
+        """Undo every fault, and wait until all nodes are Ready."""
+        for each in self.layout.nodes:
+            if node.is_on(self.layout, each):
+                node.heal(each)
+                for component in node.COMPONENTS:
+                    if not node.component_runs(self.layout, each, component):
+                        self.start_component(each.name, component)
+            else:
+                self.boot(each.name)
+        with contextlib.suppress(ClusterError):  # it runs
+            self.start_s3()
+        for each in self.layout.nodes:
+            self.wait_until_node(each.name, ready=True)
+
+    # ---- services of the host
+
+    def s3(self) -> S3Server:
+        """Buckets, files of objects, ``environment`` with the endpoint for host and pods; do not start or stop it."""
+        return object_storage.server(self.layout)
+
+    def stop_s3(self) -> None:
+        """Connections are refused from now on."""
+        self._change(lambda: object_storage.stop(self.layout))
+
+    def start_s3(self) -> None:
+        """With the same objects, port and credentials."""
+        self._change(lambda: object_storage.start(self.layout))
+
+    def query(self, expression: str) -> list[dict[str, Any]]:
+        """What Prometheus answers to an instant query: [{"metric": {...}, "value": [time, text]}]."""
+        url = f"http://{PROMETHEUS}/api/v1/query?" + urllib.parse.urlencode({"query": expression})
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return list(json.load(answer)["data"]["result"])
+
+    def audit(self, user: str) -> list[dict[str, Any]]:
+        """Audit events of one user, for example ``system:serviceaccount:NAMESPACE:NAME``; all verbs."""
+        lines = self.layout.audit_log.read_text(encoding="utf-8").splitlines()
+        return [
+            event for line in lines if f'"{user}"' in line and (event := json.loads(line))["user"]["username"] == user
+        ]
+
+    def _change(self, act: Callable[[], Any]) -> None:
+        with machine.cluster_lock():
+            act()
+
+
+def machine_state() -> dict[str, str]:
+    """What a cluster could leave on this machine: links, routes, firewall, mounts, cgroups, settings, processes."""
+    state = {}
+    for command in ("ip -brief link", "ip route", "ip netns", "iptables-save"):
+        output = subprocess.run(command.split(), capture_output=True, text=True, check=True).stdout
+        # counters, comments, and the flags of links that others own change by themselves
+        kept = [line.split(" [")[0] for line in output.splitlines() if not line.startswith("#")]
+        state[command] = "\n".join(sorted({line.split()[0] for line in kept} if "link" in command else kept))
+    ours = ("finetune-cluster", "running-cluster", "/run/netns", "/var/lib/kubelet", "/var/lib/cni")
+    mounts = Path("/proc/mounts").read_text().splitlines()
+    state["mounts"] = "\n".join(line for line in mounts if any(word in line for word in ours))
+    state["cgroups"] = "\n".join(cgroups.remains())
+    for name in ("kernel/panic", "kernel/panic_on_oops", "vm/overcommit_memory", "net/ipv4/ip_forward"):
+        state[name] = Path("/proc/sys", name).read_text().strip()
+    layout = Layout.of(0)
+    places = [layout.state, layout.disk, *map(Path, ("/run/netns", "/var/lib/kubelet", "/var/lib/cni"))]
+    state["directories"] = "\n".join(str(path) for path in places if path.exists())
+    state["processes"] = "\n".join(_processes_of(layout))
+    return state
+
+
+def _processes_of(layout: Layout) -> list[str]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            if path.parent.name != str(os.getpid()) and (f"{layout.state}/" in line or f"{layout.disk}/" in line):
+                found.append(line)
+    return sorted(found)
+
+
+def wait_for(condition: Callable[[], Any], seconds: float, problem: str, pause: float = 0.1) -> Any:
+    """The first true answer; an AssertionError with ``problem`` when there is none in time."""
+    deadline = time.monotonic() + seconds
+    while not (answer := condition()):
+        assert time.monotonic() < deadline, f"{problem} (waited {seconds:.0f} s)"
+        time.sleep(pause)
+    return answer
+
+
+@contextlib.contextmanager
+def shared_cluster() -> Iterator[LocalCluster]:
+    """One cluster for all test workers: the first starts it, the last takes it down, unless it ran before.
+
+    Skips where the machine cannot run one; fails there if CI or FINETUNE_REQUIRE_CLUSTER is set.
+    """
+    require_machine()
+    with session_lock(fcntl.LOCK_SH) as sessions:
+        with (tools_cache() / "cluster-test-start.lock").open("w") as start:
+            fcntl.flock(start, fcntl.LOCK_EX)
+            ran = cluster.current()
+            before = machine_state()
+            layout = ran or cluster.up(2)
+            if ran is None:
+                _mark(layout).write_text(json.dumps(before), encoding="utf-8")
+        try:
+            yield LocalCluster(layout)
+        finally:
+            fcntl.flock(sessions, fcntl.LOCK_UN)
+            with contextlib.suppress(BlockingIOError):  # another worker still uses it
+                fcntl.flock(sessions, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if _mark(layout).exists():
+                    before = json.loads(_mark(layout).read_text(encoding="utf-8"))
+                    cluster.down()
+                    assert machine_state() == before
+
+
+@contextlib.contextmanager
+def session_lock(kind: int) -> Iterator[IO[str]]:
+    """Shared by workers that use the cluster of the run; exclusive for tests that need a machine without one."""
+    tools_cache().mkdir(parents=True, exist_ok=True)
+    with (tools_cache() / "cluster-test-sessions.lock").open("w") as sessions:
+        fcntl.flock(sessions, kind)
+        yield sessions
+
+
+@contextlib.contextmanager
+def undisturbed(exclusive: bool) -> Iterator[None]:
+    """Tests that break nodes run alone; the others run beside each other."""
+    with (tools_cache() / "cluster-test-faults.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+        yield
+
+
+def _mark(layout: Layout) -> Path:
+    return layout.state / "started-by-tests"
+
+
+def require_machine() -> None:
+    """Skips, or fails where the tier is required, if this machine cannot run a cluster."""
+    try:
+        cluster.setup(install="CI" in os.environ)
+    except ClusterError as error:
+        text = f"THE CLUSTER TESTS DO NOT RUN ON THIS MACHINE: {error}"
+        if os.environ.get("CI") or os.environ.get("FINETUNE_REQUIRE_CLUSTER"):
+            pytest.fail(text, pytrace=False)
+        pytest.skip(text)
