@@ -639,6 +639,35 @@ def test_logs_of_a_rank_on_another_node_come_from_its_pod(
     )
 
 
+def test_the_own_output_of_another_rank_needs_exec_and_says_so(
+    shell: Shell, kube: Kube, bot: str, kubelet: LogKubelet, tmp_path: Path
+) -> None:
+    run_pod(kube, kubelet, bot, 1, "bbbbb")
+    rules = [
+        {"apiGroups": ["finetune.dev"], "resources": ["finetunejobs"], "verbs": ["get", "list", "watch"]},
+        {"apiGroups": [""], "resources": ["pods", "pods/log"], "verbs": ["get", "list"]},
+    ]
+    rbac = "rbac.authorization.k8s.io"
+    kube.create({"apiVersion": f"{rbac}/v1", "kind": "Role", "metadata": {"name": "reader"}, "rules": rules})
+    kube.create(
+        {
+            "apiVersion": f"{rbac}/v1",
+            "kind": "RoleBinding",
+            "metadata": {"name": "reader"},
+            "roleRef": {"apiGroup": rbac, "kind": "Role", "name": "reader"},
+            "subjects": [{"kind": "ServiceAccount", "name": "default", "namespace": kube.namespace}],
+        }
+    )
+    token = kube.account_token("default")
+    reader = kube.server.write_kubeconfig(tmp_path / "reader", token=token, namespace=kube.namespace)
+    code, said, complaint = shell("logs", bot, "--rank", "2", "--kubeconfig", reader)
+    assert (code, said) == (1, "")
+    assert complaint.splitlines()[-1] == (
+        f"this user may not create pods/exec in the namespace '{kube.namespace}';"
+        " ask the administrator of the cluster for that permission"
+    )
+
+
 def test_logs_of_a_job_without_pods_say_why(shell: Shell, kube: Kube, bot: str) -> None:
     be_operator(kube, bot, FineTuneJobStatus(state="Pending", message="waiting for 2 nodes"))
     assert shell("logs", bot, "--no-follow") == (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ LOG_DIRECTORY = "/work/run/logs"
 _POLL_SECONDS = 1.0
 _SILENCE_SECONDS = 60.0  # a stream without a line for so long is opened anew: the connection may be dead
 _OVERLAP_SECONDS = 5
+_HANDSHAKE = re.compile(r"Handshake status (?P<code>\d+)")
 
 
 @dataclass
@@ -232,21 +234,8 @@ def new_lines(stamped: Iterator[str], position: Position) -> Iterator[str]:
 
 def _rank_lines(cluster: Cluster, pod: TrainerPod, rank: int, position: Position, reader: Reader) -> Iterator[str]:
     """New lines of a rank's own log files in a running pod."""
-    program = Path(rank_log.__file__).read_text(encoding="utf-8")
     mode = "follow" if reader.follow else "once"
-    socket: Any = stream(
-        cluster.core.connect_get_namespaced_pod_exec,
-        pod.name,
-        cluster.namespace,
-        container=CONTAINER,
-        command=["python", "-u", "-c", program, LOG_DIRECTORY, str(rank), str(position.bytes), mode],
-        stdout=True,
-        stderr=True,
-        stdin=False,
-        tty=False,
-        binary=True,
-        _preload_content=False,
-    )
+    socket = _open_exec(cluster, pod, [LOG_DIRECTORY, str(rank), str(position.bytes), mode])
     rest, heard_at = b"", time.monotonic()
     try:
         while socket.is_open() and time.monotonic() - heard_at < _SILENCE_SECONDS:
@@ -261,3 +250,28 @@ def _rank_lines(cluster: Cluster, pod: TrainerPod, rank: int, position: Position
             yield rest.decode("utf-8", errors="replace")
     finally:
         socket.close()
+
+
+def _open_exec(cluster: Cluster, pod: TrainerPod, arguments: list[str]) -> Any:
+    """Start the reading program in the pod. A refused handshake becomes the ApiException that it means."""
+    program = Path(rank_log.__file__).read_text(encoding="utf-8")
+    try:
+        return stream(
+            cluster.core.connect_get_namespaced_pod_exec,
+            pod.name,
+            cluster.namespace,
+            container=CONTAINER,
+            command=["python", "-u", "-c", program, *arguments],
+            stdout=True,
+            stderr=True,
+            stdin=False,
+            tty=False,
+            binary=True,
+            _preload_content=False,
+        )
+    except ApiException as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # the library takes it for a failure of its own
+            raise KeyboardInterrupt from None
+        if refused := _HANDSHAKE.search(str(error.reason)):
+            raise ApiException(status=int(refused["code"]), reason=error.reason) from error
+        raise
