@@ -1,0 +1,206 @@
+"""The measurements. Each takes a plane, loads it, and returns plain numbers."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from bench.scale.client import Bare, Post, each
+from bench.scale.operator_process import SETTINGS, OperatorProcess, tally
+from bench.scale.plane import Plane
+from bench.scale.workload import FINETUNEJOBS, JOBS, NODES_PER_JOB, PODS, children, finetunejob, manifest
+from finetune_operator.settings import OperatorSettings
+
+_PATIENCE_SECONDS = 170
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """``jobs`` jobs from the first request of the client until every pod runs."""
+
+    jobs: int
+    created_seconds: float  # until the client's last object existed
+    seconds: float  # until all pods ran
+    p50_seconds: float  # from "the client's object exists" to "its Job exists"; 0 without an operator
+    p99_seconds: float
+    cpu_seconds: dict[str, float]  # by process, until all pods ran
+    load: float  # of the machine at the beginning, one minute
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the operator needed for a rollout."""
+
+    requests: dict[str, int] = field(default_factory=dict)  # until every status said Running, leases left out
+    requests_per_job: float = 0.0
+    running_seconds: float = 0.0  # until every status said Running
+    resident_bytes: int = 0
+    peak_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Idle:
+    """A stretch of time in which nothing happens."""
+
+    jobs: int
+    seconds: float
+    cpu_seconds: float
+    requests: dict[str, int]
+    requests_per_second: float
+    writes: int  # other than to the lease
+    resident_bytes: int
+    peak_bytes: int
+    ready_seconds: float = 0.0  # from the start of the process until it leads and watches
+
+
+@dataclass(frozen=True)
+class Restart:
+    """SIGTERM, then a new process and a new job at the same moment."""
+
+    live_jobs: int
+    stop_seconds: float
+    ready_seconds: float
+    served_seconds: float  # from the start of the process until the new job's Job exists
+    requests: dict[str, int]
+    writes_to_old_jobs: int  # and to their children, within the next seconds
+
+
+async def floor(plane: Plane, namespace: str, jobs: int) -> Rollout:
+    """The bare client makes the Services and Jobs itself."""
+    plane.make_namespace(namespace)
+    settings = OperatorSettings.model_validate(SETTINGS)
+    groups = [children(namespace, number, settings) for number in range(jobs)]
+    return await _rollout(plane, namespace, groups, None)
+
+
+async def rollout(plane: Plane, operator: OperatorProcess, namespace: str, jobs: int) -> tuple[Rollout, Cost]:
+    """The bare client makes FineTuneJobs, and the operator the rest."""
+    plane.make_namespace(namespace)
+    begun = _now()
+    started = time.monotonic()
+    result = await _rollout(plane, namespace, [(finetunejob(namespace, n),) for n in range(jobs)], operator)
+    async with Bare(plane.server) as bare:
+        while set(await _states(bare, namespace)) != {"Running"}:
+            operator.check()
+            if time.monotonic() - started > _PATIENCE_SECONDS:
+                raise TimeoutError(f"States after {_PATIENCE_SECONDS} s: {await _states(bare, namespace)}.")
+            await asyncio.sleep(0.25)
+    seconds = time.monotonic() - started
+    until = _now()
+    await asyncio.sleep(1)  # the audit log is written behind
+    requests = tally(one for one in operator.requests(begun, until) if not one.is_lease)
+    resident, peak = operator.memory()
+    return result, Cost(requests, sum(requests.values()) / jobs, seconds, resident, peak)
+
+
+async def idle(operator: OperatorProcess, jobs: int, seconds: float, ready: float = 0.0) -> Idle:
+    """Watch the operator do nothing."""
+    begun, cpu = _now(), operator.cpu_seconds()
+    await asyncio.sleep(seconds)
+    spent, until = operator.cpu_seconds() - cpu, _now()
+    await asyncio.sleep(1)
+    found = list(operator.requests(begun, until))
+    resident, peak = operator.memory()
+    return Idle(
+        jobs,
+        seconds,
+        spent,
+        tally(iter(found)),
+        len(found) / seconds,
+        sum(one.writes and not one.is_lease for one in found),
+        resident,
+        peak,
+        ready,
+    )
+
+
+async def restart(plane: Plane, operator: OperatorProcess, namespace: str, live: int, settle_seconds: float) -> Restart:
+    """How long nobody serves, and whether anything is written that was right already."""
+    stopped = operator.stop()
+    name = "after-restart-00000"
+    async with Bare(plane.server) as bare, bare.watching(JOBS.format(namespace)) as seen:
+        begun = _now()
+        operator.start()
+        await bare.send(finetunejob(namespace, 0, "after-restart"))
+        waiting = asyncio.create_task(seen.wait_for(1, 60, "Jobs"))
+        ready = await asyncio.to_thread(operator.wait_ready)
+        served = await waiting - operator.started
+        await asyncio.sleep(settle_seconds)
+    found = [one for one in operator.requests(begun) if not one.is_lease]
+    old = [one for one in found if one.writes and name not in one.name and one.resource != "events"]
+    return Restart(live, stopped, ready, served, tally(iter(found)), len(old))
+
+
+async def finish_jobs(plane: Plane, namespace: str, jobs: int, status: dict[str, Any]) -> None:
+    """``jobs`` FineTuneJobs that have ended: created, then given ``status`` as an operator wrote it."""
+    plane.make_namespace(namespace)
+
+    async with Bare(plane.server) as bare:
+
+        async def finish(number: int) -> None:
+            await bare.send(finetunejob(namespace, number))
+            name = manifest(namespace, number)["metadata"]["name"]
+            post = Post.of(f"{FINETUNEJOBS.format(namespace)}/{name}/status", {"status": status})
+            await bare.send(post, "PATCH", "application/merge-patch+json")
+
+        await each([lambda n=number: finish(n) for number in range(jobs)])
+
+
+async def status_of(plane: Plane, namespace: str, number: int = 0) -> dict[str, Any]:
+    """The status of one job."""
+    name = manifest(namespace, number)["metadata"]["name"]
+    async with Bare(plane.server) as bare:
+        return dict((await bare.get(f"{FINETUNEJOBS.format(namespace)}/{name}")).get("status", {}))
+
+
+async def _rollout(
+    plane: Plane, namespace: str, groups: Sequence[Sequence[Post]], operator: OperatorProcess | None
+) -> Rollout:
+    load = os.getloadavg()[0]
+    async with AsyncExitStack() as stack:
+        bare = await stack.enter_async_context(Bare(plane.server))
+        jobs = await stack.enter_async_context(bare.watching(JOBS.format(namespace)))
+        running = await stack.enter_async_context(bare.watching(PODS.format(namespace), "status.phase=Running"))
+        before = _cpu(plane, operator)
+        started = time.monotonic()
+        created = await bare.create_all(groups)
+        ended = await running.wait_for(NODES_PER_JOB * len(groups), _PATIENCE_SECONDS, "running pods")
+        spent = {name: seconds - before[name] for name, seconds in _cpu(plane, operator).items()}
+        delays = [0.0]
+        if operator is not None:
+            made = {name.removeprefix("ftj-"): at for name, at in jobs.first.items()}
+            names = [manifest(namespace, number)["metadata"]["name"] for number in range(len(groups))]
+            delays = [max(0.0, made[name] - at) for name, at in zip(names, created, strict=True)]
+    return Rollout(
+        len(groups),
+        max(created) - started,
+        ended - started,
+        statistics.median(delays),
+        sorted(delays)[min(len(delays) - 1, int(0.99 * len(delays)))],
+        spent,
+        load,
+    )
+
+
+def _cpu(plane: Plane, operator: OperatorProcess | None) -> dict[str, float]:
+    times = os.times()
+    spent = {**plane.cpu_seconds(), "client": times.user + times.system}
+    return spent if operator is None else {**spent, "operator": operator.cpu_seconds()}
+
+
+async def _states(bare: Bare, namespace: str) -> dict[str, int]:
+    items = (await bare.get(FINETUNEJOBS.format(namespace)))["items"]
+    states = [item.get("status", {}).get("state", "") for item in items]
+    return {state: states.count(state) for state in sorted(set(states))}
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
