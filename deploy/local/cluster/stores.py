@@ -1,7 +1,8 @@
-"""Image stores of the nodes: hard-linked copies of one golden containerd root, so that gigabytes cost nothing."""
+"""Image stores of the nodes: views of one golden containerd root, so that gigabytes cost nothing."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from deploy.local.cluster.layout import PAUSE_IMAGE, ClusterError, Layout, Node,
 from deploy.local.cluster.oci import write_image
 from deploy.local.cluster.tools import build_program, program
 
+_LAYERS = "io.containerd.snapshotter.v1.overlayfs/snapshots"
+
 
 def golden() -> Path:
     """A containerd root that holds every image of the cluster; made by ``images.py``, may be absent."""
@@ -17,18 +20,27 @@ def golden() -> Path:
 
 
 def fill(layout: Layout, node: Node) -> None:
-    """Give a node that was never booted its own copy of the golden store; without one it starts empty.
+    """Give a node that was never booted its own view of the golden store; without one it starts empty.
 
-    Content and layers are never changed in place, so they are links; databases are, so they are real copies.
+    Blobs are hard links; the trees of unpacked layers, a hundred thousand files, are symbolic links to directories that
+    overlayfs reads only; databases change in place and are real copies.
     """
     store = layout.node_disk(node) / "containerd"
     if store.exists() or not golden().is_dir():
         return
-    processes.run("cp", "--archive", "--link", golden(), store)
-    for database in store.rglob("*.db"):
-        original = golden() / database.relative_to(store)
-        database.unlink()
-        shutil.copy2(original, database)
+    layers = golden() / _LAYERS
+    for directory, names, files in os.walk(golden()):
+        source = Path(directory)
+        target = store / source.relative_to(golden())
+        target.mkdir(parents=True)
+        target.chmod(source.stat().st_mode)
+        if source == layers:
+            for name in names:
+                (target / name).symlink_to(source / name)
+            names.clear()
+        for name in files:
+            copy = shutil.copy2 if name.endswith(".db") else os.link
+            copy(source / name, target / name)
 
 
 def load(layout: Layout, archive: Path, nodes: tuple[Node, ...] | None = None) -> None:
