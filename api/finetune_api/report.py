@@ -59,6 +59,7 @@ class Heartbeat(SchemaModel):
     checkpoint_seconds: float | None = None
     checkpoint_bytes: int | None = None
     checkpoint_uri: str | None = None
+    checkpoint_saved_at: float | None = None  # unix seconds
     resumed_from_step: int | None = None  # where this attempt's training began; None until it trains
     updated_at: float = 0.0  # unix seconds
 
@@ -127,6 +128,7 @@ class Termination(SchemaModel):
     last_lines: tuple[str, ...] = ()
     checkpoint_step: int | None = None
     checkpoint_uri: str | None = None
+    checkpoint_saved_at: float | None = None  # unix seconds
     artifact_uri: str | None = None
     artifact_manifest_sha256: Sha256 | None = None
     artifact_files: int | None = None

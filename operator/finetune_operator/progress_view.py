@@ -15,7 +15,7 @@ from finetune_api.status import (
     StatusPlan,
     StatusProgress,
 )
-from finetune_operator.sentences import as_sentence, cut, decimal, duration, enumeration, time_text
+from finetune_operator.sentences import as_sentence, cut, decimal, duration, enumeration, time_text, unix_time
 
 PHASE_WORDS = {
     Phase.PREPARING_DATA: "preparing data",
@@ -115,7 +115,13 @@ def _checkpoint(beats: Sequence[Heartbeat]) -> StatusCheckpoint | None:
     newest = max(named, key=lambda beat: beat.checkpoint_step or 0, default=None)
     if newest is None:
         return None
-    return StatusCheckpoint(step=newest.checkpoint_step or 0, uri=cut(newest.checkpoint_uri or "", 2048))
+    return status_checkpoint(newest.checkpoint_step or 0, newest.checkpoint_uri or "", newest.checkpoint_saved_at)
+
+
+def status_checkpoint(step: int, uri: str, saved_at: float | None) -> StatusCheckpoint:
+    """A checkpoint as the status names it."""
+    saved = unix_time(saved_at or 0.0)
+    return StatusCheckpoint(step=step, uri=cut(uri, 2048), saved_at=time_text(saved) if saved else None)
 
 
 def status_plan(plan: Plan) -> StatusPlan:

@@ -14,8 +14,7 @@ from finetune_api.status import Condition, FineTuneJobStatus, StatusAttempt, Sta
 from finetune_operator.ends import stopping
 from finetune_operator.ledger import Ledger, fold
 from finetune_operator.observe import JobView, Object, Observed, PodView, parse_time
-from finetune_operator.progress_view import ProgressView, progress_view
-from finetune_operator.sentences import cut
+from finetune_operator.progress_view import ProgressView, progress_view, status_checkpoint
 from finetune_operator.settings import OperatorSettings
 
 DEFAULT_MAX_RESTARTS = 3
@@ -70,7 +69,7 @@ class Situation:
         for pod in self.observed.pods or ():
             said = pod.termination
             if said and said.checkpoint_step is not None and said.checkpoint_uri:
-                known.append(StatusCheckpoint(step=said.checkpoint_step, uri=cut(said.checkpoint_uri, 2048)))
+                known.append(status_checkpoint(said.checkpoint_step, said.checkpoint_uri, said.checkpoint_saved_at))
         named = [checkpoint for checkpoint in known if checkpoint is not None]
         return max(named, key=lambda checkpoint: checkpoint.step, default=None)
 

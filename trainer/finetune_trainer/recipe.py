@@ -318,6 +318,7 @@ class Run:
             checkpoint_seconds=saved.seconds,
             checkpoint_bytes=saved.bytes,
             checkpoint_uri=saved.uri,
+            checkpoint_saved_at=time.time(),
         )
 
     def _say(self, text: str) -> None:

@@ -56,6 +56,7 @@ def failed(outcome: Outcome, plan: Plan | None, heartbeats: Mapping[int, Heartbe
         last_lines=guilty.last_lines if guilty else (),
         checkpoint_step=checkpoint.checkpoint_step if checkpoint else None,
         checkpoint_uri=checkpoint.checkpoint_uri if checkpoint else None,
+        checkpoint_saved_at=checkpoint.checkpoint_saved_at if checkpoint else None,
         plan=plan,
     )
 

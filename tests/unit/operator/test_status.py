@@ -135,7 +135,8 @@ def test_progress_becomes_numbers_and_a_sentence() -> None:
     life.run()
     pages = [
         page(0, step=42, loss=1.3125, learning_rate=1.6e-4, tokens_per_second=2913.4, epoch=1.08, validation_loss=1.5,
-             step_seconds_counts=(0, 4), step_seconds_sum=160.0, checkpoint_step=40, checkpoint_uri=f"{URI}c/40/"),
+             step_seconds_counts=(0, 4), step_seconds_sum=160.0, checkpoint_step=40, checkpoint_uri=f"{URI}c/40/",
+             checkpoint_saved_at=at(50).timestamp()),
         page(1, step=42),
     ]  # fmt: skip
     verdict = life.look(60, job(ready=2), [pod(0), pod(1)], pages)
@@ -152,7 +153,7 @@ def test_progress_becomes_numbers_and_a_sentence() -> None:
         "etaSeconds": 2320,
         "updatedAt": text(60),
     }
-    assert life.status["checkpoint"] == {"step": 40, "uri": f"{URI}c/40/"}
+    assert life.status["checkpoint"] == {"step": 40, "uri": f"{URI}c/40/", "savedAt": text(50)}
     assert verdict.look_again_seconds == 10.0
 
 
