@@ -68,7 +68,8 @@ class Layout:
     """Where one cluster keeps its files.
 
     ``state`` holds sockets, certificates, configuration and logs; ``disk`` the nodes' image stores and volumes, the
-    objects of the S3 server and etcd. The disk lies beside the image cache because blobs in the stores are hard links to it.
+    objects of the S3 server and etcd. The disk lies beside the image cache because blobs are
+    hard links to it.
     """
 
     state: Path
