@@ -82,7 +82,7 @@ def build(targets: Sequence[str] = tuple(IMAGES), tree: Path = REPOSITORY) -> di
         for target in targets:  # the current one moves to the end, so that it is forgotten last
             entries = built[target]
             entries.sort(key=lambda entry, current=wanted[target]: entry["tag"] == current)
-        if stale:
+        if stale and Layout.recorded() is None:  # nodes of a cluster use the golden store's layers in place
             _forget_old(built)
         _write("built.json", built)
         current = {**_read("tags.json"), **wanted}
