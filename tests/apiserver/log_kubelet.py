@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import ssl
 import subprocess
 import threading
@@ -19,11 +20,16 @@ from tests.apiserver.kube import Kube
 
 @dataclass
 class Log:
-    """Lines of one container with their times. ``open`` while it runs; ``break_after`` cuts a stream once."""
+    """Lines of one container with their times. ``open`` while it runs; ``break_after`` cuts a stream once.
+
+    ``broken`` cuts all streams, ``refused`` lets no new one begin.
+    """
 
     lines: list[tuple[datetime, str]] = field(default_factory=list)
     open: bool = True
     break_after: int | None = None
+    broken: bool = False
+    refused: bool = False
     requests: list[dict[str, str]] = field(default_factory=list)
 
     def write(self, *texts: str) -> None:
@@ -73,6 +79,9 @@ class LogKubelet:
                 log = kubelet.logs[pod]
                 options = {name: values[0] for name, values in query.items()}
                 log.requests.append(options)
+                if log.refused:
+                    self._hang_up()
+                    return
                 self.send_response(200)
                 self.send_header("Transfer-Encoding", "chunked")
                 self.end_headers()
@@ -91,13 +100,19 @@ class LogKubelet:
                             self._chunk(f"{written}{text}\n".encode())
                         if log.break_after == sent:
                             log.break_after = None
-                            self.close_connection = True
-                            self.connection.shutdown(2)
+                            self._hang_up()
                             return
+                    if log.broken:
+                        self._hang_up()
+                        return
                     if over:
                         self._chunk(b"")
                         return
                     time.sleep(0.02)
+
+            def _hang_up(self) -> None:
+                self.close_connection = True
+                self.connection.shutdown(socket.SHUT_RDWR)
 
             def _chunk(self, content: bytes) -> None:
                 self.wfile.write(f"{len(content):x}\r\n".encode() + content + b"\r\n")

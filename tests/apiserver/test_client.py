@@ -24,6 +24,7 @@ from tests.apiserver.kube import Kube
 from tests.apiserver.log_kubelet import Log, LogKubelet
 from tests.apiserver.manifests import manifest
 from tests.apiserver.proxy import Proxy, dropped, gone, internal_error
+from tests.apiserver.server import binary
 from tests.unit.client.jobs import complete, condition, dump, failed, running
 
 from finetune.cli import main
@@ -323,6 +324,52 @@ def test_a_list_of_kubeconfigs_is_merged_and_the_first_current_context_wins(
     )
 
 
+def test_without_any_kubeconfig_and_outside_a_pod_a_sentence_says_what_to_set(
+    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    shell.environment["KUBECONFIG"] = ""
+    assert shell("list") == (
+        1,
+        "",
+        f"no cluster is configured: {tmp_path}/.kube/config names none, and this is not a pod with a service account;"
+        " set KUBECONFIG or name the file with --kubeconfig\n",
+    )
+
+
+def test_in_a_pod_its_service_account_and_namespace_are_used(
+    shell: Shell, kube: Kube, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mounted = tmp_path / "serviceaccount"
+    mounted.mkdir()
+    (mounted / "token").write_text(kube.account_token("default"))
+    (mounted / "ca.crt").write_bytes(kube.server.ca_file.read_bytes())
+    (mounted / "namespace").write_text(kube.namespace)
+    monkeypatch.setattr("kubernetes.config.incluster_config.SERVICE_TOKEN_FILENAME", str(mounted / "token"))
+    monkeypatch.setattr("kubernetes.config.incluster_config.SERVICE_CERT_FILENAME", str(mounted / "ca.crt"))
+    monkeypatch.setattr("finetune.cluster.kubeconfig.POD_NAMESPACE", mounted / "namespace")
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", kube.server.url.rpartition(":")[2])
+    shell.environment["KUBECONFIG"] = str(tmp_path / "absent")
+    assert shell("list")[2].startswith(
+        f"the user 'system:serviceaccount:{kube.namespace}:default' may not list finetunejobs.finetune.dev in the"
+        f" namespace '{kube.namespace}'"
+    )
+
+
+def test_kubectl_finds_its_plugin_and_the_help_says_so(shell: Shell, kube: Kube, bot: str) -> None:
+    kubectl = binary("kubectl")
+    environment = {**shell.environment, "PATH": f"{Path(COMMAND).parent}{os.pathsep}{os.environ['PATH']}"}
+
+    def run(*arguments: str) -> str:
+        command = [str(kubectl), "finetune", *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+    assert run("--help").startswith("usage: kubectl finetune ")
+    assert run("suspend", bot).splitlines()[-1] == f"to go on: kubectl finetune resume bot --namespace {kube.namespace}"
+
+
 # ---- wait
 
 
@@ -618,6 +665,32 @@ def test_logs_follow_a_rank_across_replaced_pods_and_broken_connections(
         f"--- pod ftj-bot-0-bbbbb on node {kubelet.node} ---",
         "the FineTuneJob 'bot' is Complete: completed after 1170 steps",
     ]
+
+
+def test_logs_leave_a_pod_whose_node_is_lost_once_it_is_replaced(
+    shell: Shell, kube: Kube, bot: str, kubelet: LogKubelet
+) -> None:
+    be_operator(kube, bot, running())
+    lost = run_pod(kube, kubelet, bot, 0, "aaaaa")
+    lost.write("step 1")
+    process = shell.start("logs", bot)
+    read = Reading(process.stdout)
+    read.until(kube, "step 1")
+    lost.refused = lost.broken = True  # its kubelet no longer answers, and nobody ends the container
+    run_pod(kube, kubelet, bot, 0, "bbbbb").write("again from step 0")
+    read.until(kube, "again from step 0")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert read.lines == ["step 1", "again from step 0"]
+
+
+def test_logs_end_when_their_reader_goes_away(shell: Shell, kube: Kube, bot: str, kubelet: LogKubelet) -> None:
+    run_pod(kube, kubelet, bot, 0, "aaaaa").write(*(f"step {number}" for number in range(20_000)))
+    process = shell.start("logs", bot)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "step 0\n"
+    process.stdout.close()
+    assert process.wait(60) == 141
 
 
 def test_logs_of_a_rank_on_another_node_come_from_its_pod(

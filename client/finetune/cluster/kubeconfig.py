@@ -14,7 +14,7 @@ from kubernetes import client, config
 from finetune.cluster.errors import ClusterError
 
 _DEFAULT = "~/.kube/config"
-_POD_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+POD_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def _in_cluster(namespace: str | None, paths: list[Path]) -> Connection:
             f"no cluster is configured: {_listed(paths)} names none, and this is not a pod with a service account",
             "set KUBECONFIG or name the file with --kubeconfig",
         ) from None
-    own = _POD_NAMESPACE.read_text(encoding="utf-8").strip() if _POD_NAMESPACE.exists() else ""
+    own = POD_NAMESPACE.read_text(encoding="utf-8").strip() if POD_NAMESPACE.exists() else ""
     return Connection(client.ApiClient(settings), namespace or own or "default", "")
 
 

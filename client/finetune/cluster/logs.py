@@ -23,7 +23,8 @@ from finetune.cluster.pods import CONTAINER, TrainerPod, trainer_pods
 
 LOG_DIRECTORY = "/work/run/logs"
 _POLL_SECONDS = 1.0
-_SILENCE_SECONDS = 60.0  # a stream without a line for so long is opened anew: the connection may be dead
+_REPLACED_TRIES = 2
+_SILENCE_SECONDS = 30.0  # a stream without a line for so long is opened anew: the connection may be dead
 _OVERLAP_SECONDS = 5
 _HANDSHAKE = re.compile(r"Handshake status (?P<code>\d+)")
 
@@ -46,6 +47,7 @@ class Position:
     at_stamp: int = 0  # lines of that very time
     read_at: float = field(default_factory=time.monotonic)
     bytes: int = 0  # of a rank's files
+    failures: int = 0  # in a row
 
 
 def node_of_rank(job: Job, rank: int) -> int:
@@ -156,24 +158,40 @@ def _read_pod(cluster: Cluster, pod: TrainerPod, rank: int, position: Position, 
         if position.bytes:
             return True
         reader.say(f"rank {rank}'s own file is gone with its pod; this is the output of the launcher there")
-    try:
-        lines = _rank_lines if by_exec else _lines
-        for line in lines(cluster, pod, rank, position, reader):
-            reader.write(line)
-    except (ApiException, HTTPError, OSError, WebSocketException) as error:
-        if isinstance(error, ApiException) and error.status == 404:  # the pod is gone
-            return True
-        waiting = isinstance(error, ApiException) and error.status == 400  # its container is about to start
-        if not waiting and isinstance(error, ApiException) and not is_transient(error):
-            request = Request(
-                *(("create", "pods/exec") if by_exec else ("get", "pods/log")), cluster.namespace, pod.name
-            )
-            raise translate(error, request, cluster.connection.server) from error
-        if not reader.follow:
-            raise ClusterError(f"the output of pod {pod.name} cannot be read: {_words(error)}", "try again") from error
+    lines = (_rank_lines if by_exec else _lines)(cluster, pod, rank, position, reader)
+    while True:
+        try:
+            line = next(lines, None)
+        except (ApiException, HTTPError, OSError, WebSocketException) as error:
+            verb, resource = ("create", "pods/exec") if by_exec else ("get", "pods/log")
+            request = Request(verb, resource, cluster.namespace, pod.name)
+            return _given_up(cluster, request, error, reader) or _failed_again(pod, position)
+        if line is None:
+            break
+        position.failures = 0
+        reader.write(line)
+    if not pod.ended and reader.follow:  # the container has ended and nobody has said so yet
         time.sleep(_POLL_SECONDS)
-        return False
     return pod.ended
+
+
+def _given_up(cluster: Cluster, request: Request, error: Exception, reader: Reader) -> bool:
+    """True where the pod is gone; raises where asking again is of no use."""
+    status = error.status if isinstance(error, ApiException) else None
+    if status == 404:
+        return True
+    if status is not None and status != 400 and not is_transient(error):  # 400: its container is about to start
+        raise translate(error, request, cluster.connection.server) from error
+    if not reader.follow:
+        raise ClusterError(f"the output of pod {request.name} cannot be read: {_words(error)}", "try again") from error
+    return False
+
+
+def _failed_again(pod: TrainerPod, position: Position) -> bool:
+    """Whether to leave a pod that another has replaced: its node may never answer again."""
+    position.failures += 1
+    time.sleep(_POLL_SECONDS)
+    return pod.replaced and position.failures >= _REPLACED_TRIES
 
 
 def _words(error: Exception) -> str:
@@ -191,7 +209,7 @@ def _lines(cluster: Cluster, pod: TrainerPod, _rank: int, position: Position, re
         pod.name,
         cluster.namespace,
         container=CONTAINER,
-        follow=reader.follow and not pod.ended,
+        follow=reader.follow and not pod.ended and not pod.replaced,
         timestamps=True,
         _preload_content=False,
         _request_timeout=(CONNECT_SECONDS, _SILENCE_SECONDS),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -31,12 +31,15 @@ class TrainerPod:
     deleting: bool
     waiting: str
     termination: Termination | None
+    replaced: bool = False  # a later pod has the same index
 
 
 def trainer_pods(pods: Sequence[Any], index: int | None = None) -> list[TrainerPod]:
     """V1Pods of a job (of one node rank), in their order."""
     read = [_read(pod) for pod in pods if _INDEX_LABEL in (pod.metadata.labels or {})]
-    return [pod for pod in read if index is None or pod.index == index]
+    newest = {pod.index: pod.uid for pod in read}
+    marked = [replace(pod, replaced=newest[pod.index] != pod.uid) for pod in read]
+    return [pod for pod in marked if index is None or pod.index == index]
 
 
 def _read(pod: Any) -> TrainerPod:

@@ -172,7 +172,7 @@ def test_light_commands_start_in_half_a_second_without_torch_and_rich(
     program = f"import sys\nfrom finetune.cli import main\nmain({[*arguments, str(manifest)]!r})\nprint(*sys.modules)"
     listed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     loaded = set(listed.split())
-    assert not loaded & {"torch", "rich", "numpy", "obstore", "transformers", "finetune_trainer"}
+    assert not loaded & {"torch", "rich", "numpy", "obstore", "transformers", "kubernetes", "finetune_trainer"}
 
 
 def test_named_secrets_are_not_read_but_the_variables_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
