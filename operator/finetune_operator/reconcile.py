@@ -74,9 +74,9 @@ class Reconciler:
         """Parse and plan (once per generation), make sure of the children, derive the status."""
         try:
             entry.planned = entry.planned or plan_of(entry.resource, self.settings)
+            observed = await self._ensure_children(key, entry, entry.planned, observed)
         except SpecError as error:
             return derive_invalid(observed, error.problems)
-        observed = await self._ensure_children(key, entry, entry.planned, observed)
         return derive(observed, entry.planned[1], self.settings)
 
     async def _ensure_children(
@@ -163,7 +163,7 @@ class Reconciler:
 def plan_of(resource: Mapping[str, Any], settings: OperatorSettings) -> tuple[FineTuneJobSpec, Plan]:
     """The typed spec and what will run. Raises SpecError with every problem."""
     spec = parse_spec(resource["spec"], place=Place.CLUSTER)
-    problems = policy_problems(spec, settings)
+    problems = policy_problems(spec, settings, resource["metadata"])
     if problems:
         raise SpecError(problems)
     metadata = resource["metadata"]
