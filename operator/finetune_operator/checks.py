@@ -209,7 +209,7 @@ def suspended(at: Situation) -> Judgement | None:
             look_again_seconds=STOPPING_LOOK_SECONDS,
         )
     checkpoint = at.checkpoint()
-    more = f"; it will resume from step {checkpoint.step}" if checkpoint else ""
+    more = f"; it will resume from step {checkpoint.step} or later" if checkpoint else ""
     message = f"suspended: no pod is left{more}"
     return Judgement(
         "Suspended",
@@ -233,7 +233,7 @@ def restarting(at: Situation) -> Judgement | None:
         return None
     why = as_sentence(last.message) if last.message else policy(last.cause or "").words
     checkpoint = at.checkpoint()
-    place = f"step {checkpoint.step}" if checkpoint else "the beginning"
+    place = f"step {checkpoint.step} or later" if checkpoint else "the beginning"
     if at.job is not None and at.job.ready >= at.nodes and at.view is not None:
         now = Say(False, "Restarting", at.view.message)
     elif at.observed.pods is None and at.before.state == "Restarting":

@@ -145,13 +145,14 @@ def _afterlife(observed: Observed, before: FineTuneJobStatus) -> Verdict:
 def _status(at: Situation, judgement: Judgement) -> FineTuneJobStatus:
     before, now = at.before, time_text(at.now)
     accepted = {"Accepted": Say(True, "Accepted", "the spec is valid"), "Stalled": Say(False, "Accepted")}
-    fresh = _is_fresh(at, judgement)
+    shows_progress = _shows_progress(at, judgement)
+    fresh = shows_progress or judgement.at_once or judgement.state not in {"Running", "Publishing"}
     return FineTuneJobStatus(
         observed_generation=at.observed.generation,
         state=judgement.state,
         message=judgement.message if fresh else before.message,
         plan=_plan(at),
-        progress=_progress(at, judgement) if fresh else before.progress,
+        progress=_progress(at, judgement) if shows_progress else before.progress,
         attempts=at.ledger.attempts,
         total_attempts=at.ledger.total or None,
         restarts=restart_rows(at.ledger.restarts),
@@ -162,20 +163,27 @@ def _status(at: Situation, judgement: Judgement) -> FineTuneJobStatus:
     )
 
 
-def _is_fresh(at: Situation, judgement: Judgement) -> bool:
+def _shows_progress(at: Situation, judgement: Judgement) -> bool:
     """Whether steps and losses may be written: at most once per interval while the state stays the same."""
-    if judgement.at_once or judgement.state != at.before.state or judgement.state not in {"Running", "Publishing"}:
-        return True
-    return at.view is not None and at.progress_due
+    return judgement.ended or judgement.state != at.before.state or (at.view is not None and at.progress_due)
 
 
 def _progress(at: Situation, judgement: Judgement) -> StatusProgress | None:
-    known = at.view.progress if at.view is not None else at.before.progress
+    known = _numbers(at)
     if known is None or not judgement.ended:
         return known
     said = [pod.termination.step for pod in at.newest if pod.termination and pod.termination.step is not None]
     update: dict[str, Any] = {"eta_seconds": None, "phase": judgement.state, "step": max([known.step, *said])}
     return known.model_copy(update=update)
+
+
+def _numbers(at: Situation) -> StatusProgress | None:
+    """While ranks load after a restart, the numbers of the attempt before still stand."""
+    before, view = at.before.progress, at.view
+    if view is None or view.has_steps or before is None:
+        return before if view is None else view.progress
+    loading: dict[str, Any] = {"phase": view.progress.phase, "updated_at": view.progress.updated_at}
+    return before.model_copy(update={**loading, "eta_seconds": None, "tokens_per_second": None})
 
 
 def _plan(at: Situation) -> StatusPlan:

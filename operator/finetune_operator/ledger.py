@@ -13,13 +13,16 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from finetune_api.exits import ExitClass
+from finetune_api.report import Phase
 from finetune_api.status import FineTuneJobStatus, StatusAttempt, StatusRestarts
 from finetune_operator.ends import End, ends, gone, leaving, short_uid
 from finetune_operator.failures import ECHO, policy
 from finetune_operator.observe import Observed, PodView, parse_time
+from finetune_operator.progress_view import STEPPING
 from finetune_operator.sentences import ATTEMPT_LENGTH, cut, time_text
 
 KEPT = 20
+_STEPPING = {phase.value for phase in (*STEPPING, Phase.PUBLISHING)}
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,8 @@ class _Book:
         kept = Counter(entry.cause for entry in self.entries if entry.cause)
         known = Counter({row.cause: row.count for row in before.restarts})
         self.dropped = known - kept  # by attempts that are no longer listed
-        self.step = before.progress.step if before.progress else None
+        said = before.progress
+        self.step = said.step if said and said.phase in _STEPPING else None  # of the attempt that runs
 
     @property
     def last(self) -> StatusAttempt | None:

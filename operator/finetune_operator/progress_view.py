@@ -29,7 +29,7 @@ PHASE_WORDS = {
     Phase.DONE: "ending",
 }
 _ORDER = list(PHASE_WORDS)
-_STEPPING = {Phase.TRAINING, Phase.EVALUATING, Phase.CHECKPOINTING}
+STEPPING = {Phase.TRAINING, Phase.EVALUATING, Phase.CHECKPOINTING}
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class ProgressView:
     phase: Phase
     checkpoint: StatusCheckpoint | None
     plan: Plan | None
+    has_steps: bool  # False: no rank has reached its first step yet, the numbers say nothing
 
 
 def progress_view(pages: Sequence[Progress], nodes: int, now: datetime) -> ProgressView | None:
@@ -57,7 +58,8 @@ def progress_view(pages: Sequence[Progress], nodes: int, now: datetime) -> Progr
     if silent:
         names = enumeration([str(node) for node in silent])
         message += f"; node{'s' if len(silent) > 1 else ''} {names} {'do' if len(silent) > 1 else 'does'} not answer"
-    return ProgressView(progress, message, slowest.phase, _checkpoint(beats), plan)
+    has_steps = any(beat.step or beat.resumed_from_step is not None for beat in beats)
+    return ProgressView(progress, message, slowest.phase, _checkpoint(beats), plan, has_steps)
 
 
 def _numbers(beats: Sequence[Heartbeat], leader: Heartbeat | None, plan: Plan | None, now: datetime) -> StatusProgress:
@@ -87,7 +89,7 @@ def _eta(beats: Sequence[Heartbeat], step: int, total: int | None) -> int | None
 
 
 def _sentence(progress: StatusProgress, slowest: Progress) -> str:
-    if slowest.phase in _STEPPING and progress.step:
+    if slowest.phase in STEPPING and progress.step:
         return _stepping(progress, slowest.phase)
     words = PHASE_WORDS[slowest.phase]
     if slowest.message:

@@ -5,7 +5,22 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from tests.unit.operator.job_life import SETTINGS, START, URI, Life, at, dead, job, new_pod, page, plan, pod, said, text
+from tests.unit.operator.job_life import (
+    SETTINGS,
+    START,
+    URI,
+    Life,
+    at,
+    dead,
+    job,
+    new_pod,
+    over,
+    page,
+    plan,
+    pod,
+    said,
+    text,
+)
 
 from finetune_api.errors import Problem
 from finetune_api.exits import ExitClass
@@ -167,6 +182,37 @@ def test_progress_is_written_once_per_interval_and_not_at_all_when_nothing_else_
     assert life.status["progress"]["step"] == 30
 
 
+def test_between_attempts_too_progress_is_written_once_per_interval() -> None:
+    life = Life()
+    life.run()
+    pods = [pod(0), dead(pod(1), 20, 137)]
+    meeting = page(0, "", phase=Phase.RENDEZVOUS)
+    life.look(21, job(ready=1, failed=1), pods, [meeting])
+    before = life.status
+    assert before["progress"]["updatedAt"] == text(21)
+    life.look(26, job(ready=1, failed=1), pods, [meeting])
+    assert life.status == before
+    life.look(31, job(ready=1, failed=1), pods, [meeting])
+    assert life.status["progress"]["updatedAt"] == text(31)
+
+
+def test_while_the_ranks_load_again_the_last_numbers_stand() -> None:
+    life = Life()
+    life.run()
+    life.look(21, job(ready=2), [pod(0), pod(1)], [page(n, step=30, loss=1.5) for n in (0, 1)])
+    ended = (over("g1", ExitClass.RANK_KILLED, 22, "rank 0 was killed by SIGKILL", last_step=31),)
+    loading = [page(n, "g2", 0, Phase.LOADING_MODEL, ended=ended) for n in (0, 1)]
+    life.look(31, job(ready=2), [pod(0), pod(1)], loading)
+    assert life.status["progress"] == {
+        "phase": "LoadingModel", "step": 30, "totalSteps": 100, "epoch": "0", "loss": "1.5", "updatedAt": text(31),
+    }  # fmt: skip
+    life.look(33, job(ready=1), [pod(0)], [])
+    assert life.attempts("number", "cause", "lastStep") == [(1, "RankKilled", 31), (2, "PodDeleted", None)]
+    again = [page(n, "g3", 25, ended=ended, resumed_from_step=25) for n in (0, 1)]
+    life.look(60, job(ready=2), [pod(0), pod(1, "b", created=at(34))], again)
+    assert life.status["progress"]["step"] == 25
+
+
 def test_a_dead_pod_0_does_not_hide_the_others() -> None:
     life = Life()
     life.run()
@@ -296,9 +342,13 @@ def test_a_suspended_job_checkpoints_frees_its_pods_and_resumes() -> None:
     verdict = life.look(26, job(suspended=True, active=0), [])
     assert (life.status["state"], life.status["message"]) == (
         "Suspended",
-        "suspended: no pod is left; it will resume from step 9",
+        "suspended: no pod is left; it will resume from step 9 or later",
     )
-    assert life.condition("Suspended") == ("True", "Suspended", "suspended: no pod is left; it will resume from step 9")
+    assert life.condition("Suspended") == (
+        "True",
+        "Suspended",
+        "suspended: no pod is left; it will resume from step 9 or later",
+    )
     assert life.attempts("number", "endedAt", "cause", "lastStep") == [(1, text(24), "Suspended", 9)]
     assert verdict.look_again_seconds is None
     life.resource["spec"] = {}
