@@ -81,14 +81,22 @@ class OperatorProcess:
             if self._process.poll() is None:
                 self._process.terminate()
             try:
-                return self._process.wait(15)
+                return self._process.wait(30)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
                 raise
 
+    def close(self) -> None:
+        """End it at once, without asking."""
+        self._halt.set()
+        if self._watchman is not None:
+            self._watchman.join()
+        if self.alive:
+            self.kill()
+
     def _spawn(self) -> None:
-        environment = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+        environment = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "PYTHONPATH") if name in os.environ}
         environment |= {"KUBECONFIG": str(self._kubeconfig), "PYTHONUNBUFFERED": "1"}
         with self._lock, (self.folder / "operator.log").open("ab") as log:
             self.starts += 1

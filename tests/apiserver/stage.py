@@ -29,6 +29,15 @@ class Stage:
     operator: OperatorProcess
     kubelet: Kubelet
 
+    def watching(self, starts: int = 1) -> None:
+        """Wait until the operator, started for the ``starts``-th time, watches both kinds."""
+
+        def open_watches() -> int:
+            kinds = Counter(one.resource for one in self.proxy.seen if one.is_watch)
+            return min(kinds["finetunejobs"], kinds["jobs"])
+
+        wait(lambda: open_watches() >= starts, "the operator watches", 120)
+
     def quiet(self, seconds: float = 1.0) -> list[Seen]:
         """The writes (leases aside) that come although nothing happens for ``seconds``."""
         before = len(self.proxy.writes)
@@ -65,7 +74,7 @@ def stage(server: RunningServer, folder: Path, **changes: Any) -> Iterator[Stage
             with kubelet.running():
                 yield Stage(kube, proxy, operator, kubelet)
         finally:
-            operator.stop()
+            operator.close()
             kube.delete("Namespace", name)
 
 

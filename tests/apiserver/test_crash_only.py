@@ -26,9 +26,10 @@ from tests.apiserver.proxy import (
 from tests.apiserver.server import RunningServer
 from tests.apiserver.stage import Outcome, Stage, live, told_once
 
-AT_ONCE = int(os.environ.get("FINETUNE_LIVES_AT_ONCE", "6"))
+AT_ONCE = int(os.environ.get("FINETUNE_LIVES_AT_ONCE", "5"))
 # Ends of a life may need one write more or less than the undisturbed one (a look that saw two things at once).
 MARGIN = 2
+_MOST_REASONS_TO_WAIT = 6
 
 _undisturbed: dict[str, Outcome] = {}
 
@@ -148,10 +149,11 @@ def _differs(outcome: Outcome, expected: Outcome) -> list[str]:
             faults.append(f"children {outcome.history.children}, finalizers {outcome.history.finalizers}")
     if outcome.created != expected.created:
         faults.append(f"created {dict(outcome.created)}")
-    again = outcome.events - expected.events
-    if again:
-        faults.append(f"told again: {dict(again)}")
-    lost = Counter(expected.events) - outcome.events
+    # What a job waits for depends on the moment of the look; that it is no flood is all that is asked.
+    again = {reason: more for reason, more in (outcome.events - expected.events).items() if reason != "Waiting"}
+    if again or outcome.events["Waiting"] > _MOST_REASONS_TO_WAIT:
+        faults.append(f"told again: {again}, waiting {outcome.events['Waiting']} times")
+    lost = Counter({reason: count for reason, count in expected.events.items() if reason != "Waiting"}) - outcome.events
     if sum(lost.values()) > 1:  # one may be lost with the process that was about to tell it
         faults.append(f"never told: {dict(lost)}")
     return faults + told_once(outcome.log)
