@@ -8,7 +8,7 @@ folding the same facts again changes nothing.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -90,7 +90,7 @@ class _Book:
         return self.total > len(self.entries) and oldest is not None and end.ended_at < oldest
 
     def _place(self, end: End) -> int | None:
-        by_gang = self._where(lambda entry: end.gang != "" and entry.gang == end.gang)
+        by_gang = self._of_gang(end.gang)
         if by_gang is not None:
             return by_gang
         by_pod = self._where(lambda entry: end.uid != "" and end.uid in entry.pods)
@@ -105,8 +105,10 @@ class _Book:
         existed = end.created or end.started_at
         return len(self.entries) - 1 if existed is not None and existed <= ended_at else None
 
-    def _where(self, matches: object) -> int | None:
-        assert callable(matches)
+    def _of_gang(self, gang: str) -> int | None:
+        return self._where(lambda entry: gang != "" and entry.gang == gang)
+
+    def _where(self, matches: Callable[[StatusAttempt], bool]) -> int | None:
         return next((at for at in reversed(range(len(self.entries))) if matches(self.entries[at])), None)
 
     def _merged(self, entry: StatusAttempt, end: End) -> StatusAttempt:
@@ -151,8 +153,7 @@ class _Book:
     def open(self, observed: Observed, newest: Sequence[PodView]) -> None:
         """Enter the attempt that runs now, and keep what is known of it up to date."""
         for page in observed.progress:
-            known = self._where(lambda entry, gang=page.gang: entry.gang == gang)
-            if page.gang and known is None and not _is_over(observed, page.gang):
+            if page.gang and self._of_gang(page.gang) is None and not _is_over(observed, page.gang):
                 started = datetime.fromtimestamp(
                     page.attempt_started_at or observed.now.timestamp(), observed.now.tzinfo
                 )
