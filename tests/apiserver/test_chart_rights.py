@@ -1,0 +1,124 @@
+"""Rights granted == rights used: lives of jobs with the chart's settings and the chart's rights, and the audit log."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from tests.apiserver.kube import Document, Kube, wait
+from tests.apiserver.kubelet import Kubelet
+from tests.apiserver.life import LIVES, NAME, Life, job
+from tests.apiserver.operator_process import OperatorProcess
+from tests.apiserver.server import RunningServer
+from tests.chart import RELEASE, render, settings_of
+
+from finetune_operator.ends import FORCE_AFTER_SECONDS
+
+RIGHTS = {"ServiceAccount", "Role", "RoleBinding"}
+Use = tuple[str, str]  # verb, group/resource[/subresource]
+
+
+@contextmanager
+def installed(server: RunningServer, folder: Path) -> Iterator[tuple[Kube, OperatorProcess]]:
+    """A namespace with the chart's rights, and the operator as its ServiceAccount with the chart's config.json."""
+    name = f"chart-{uuid.uuid4().hex[:8]}"
+    with Kube(server, namespace=name) as kube:
+        labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+        kube.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}})
+        documents = render({"namespaces": [name], "progress": {"intervalSeconds": 1}}, namespace=name)
+        for document in documents:
+            if document["kind"] in RIGHTS:
+                kube.apply(document)
+        kube.apply({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "default"}})
+        token = kube.account_token(RELEASE)
+        kubeconfig = server.write_kubeconfig(folder / "kubeconfig", token=token, namespace=name)
+        free_ports = {"metrics": {"port": 0}, "health": {"port": 0}}  # several operators on one machine
+        operator = OperatorProcess(folder, kubeconfig, settings_of(documents) | free_ports)
+        try:
+            yield kube, operator
+        finally:
+            operator.stop()
+            kube.delete("Namespace", name)
+
+
+def audited(server: RunningServer, namespace: str) -> Iterator[tuple[Use, int, str]]:
+    """(use, status code, name) of every request of the operator in ``namespace``."""
+    user = f"system:serviceaccount:{namespace}:{RELEASE}"
+    for event in server.audit():
+        if event["user"]["username"] != user or "objectRef" not in event:
+            continue
+        target, code = event["objectRef"], event["responseStatus"].get("code", 0)
+        resource = f"{target.get('apiGroup') or 'core'}/{target['resource']}"
+        resource += f"/{target['subresource']}" if "subresource" in target else ""
+        yield (event["verb"], resource), code, target.get("name", "")
+        if event["verb"] == "patch" and code == 201:  # server-side apply made it
+            yield ("create", resource), code, target.get("name", "")
+
+
+def granted(documents: list[Document]) -> set[Use]:
+    return {
+        (verb, f"{group or 'core'}/{resource}")
+        for document in documents
+        if document["kind"] == "Role"
+        for rule in document["rules"]
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+
+
+def expired(life: Life) -> None:
+    """Ended by a fault, and removed when its time is over."""
+    LIVES["mistaken"](life)
+    life.kube.patch("FineTuneJob", NAME, {"spec": {"runPolicy": {"ttlSecondsAfterFinished": 1}}})
+    wait(lambda: life.kube.find("FineTuneJob", NAME) is None, "the job is removed")
+
+
+def lost(life: Life) -> None:
+    """A pod on a node whose power is cut is deleted and nobody confirms it: the operator deletes it by force."""
+    with life.kubelet.running():
+        life.kubelet.page = lambda index: life.page(index)
+        life.kube.create(job())
+        life.until_pods_run()
+        life.train("gang-1", 5)
+        life.until_attempts(1, ended=0)
+        pod = life.kubelet.pod(1)["metadata"]["name"]
+    life.kube.delete("Pod", pod, grace_seconds=1)
+
+    def asked() -> set[Use]:
+        return {use for use, _, target in audited(life.kube.server, life.kube.namespace) if target == pod}
+
+    wait(lambda: ("delete", "core/pods") in asked(), "the lost pod is deleted by force", FORCE_AFTER_SECONDS + 20)
+
+
+PLAYS = {**{name: play for name, play in LIVES.items() if name != "mistaken"}, "expired": expired}
+
+
+@pytest.fixture(scope="module")
+def used(job_server: RunningServer, tmp_path_factory: pytest.TempPathFactory) -> set[Use]:
+    """What the operator asked for in all lives; none of it was forbidden."""
+    found: set[Use] = set()
+    for name, play in [*PLAYS.items(), ("lost", None)]:
+        with installed(job_server, tmp_path_factory.mktemp(name)) as (kube, operator):
+            operator.start()
+            kubelet = Kubelet(kube)
+            if play is None:
+                lost(Life(kube, kubelet))
+            else:
+                with kubelet.running():
+                    play(Life(kube, kubelet))
+            requests = list(audited(job_server, kube.namespace))
+        assert [(use, target) for use, code, target in requests if code == 403] == [], name
+        found |= {use for use, _, _ in requests}
+    return found
+
+
+def test_no_life_of_a_job_asks_for_more_than_the_chart_grants(used: set[Use]) -> None:
+    assert used - granted(render({"namespaces": ["any"]})) == set()
+
+
+def test_the_chart_grants_nothing_that_nobody_uses(used: set[Use]) -> None:
+    assert granted(render({"namespaces": ["any"]})) - used == set()
