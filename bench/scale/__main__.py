@@ -33,7 +33,7 @@ _INSIDE = "FINETUNE_SCALE_INSIDE"
 def main() -> int:
     options = _options()
     if os.environ.get(_INSIDE) != "1":
-        return _enter_a_network_of_its_own()
+        _enter_a_network_of_its_own()
     signal.signal(signal.SIGTERM, _stop)
     results = Results()
     with tempfile.TemporaryDirectory(prefix="bench-scale-") as place:
@@ -71,11 +71,10 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _enter_a_network_of_its_own() -> NoReturn | int:
+def _enter_a_network_of_its_own() -> NoReturn:
     """Start anew where ports and pod addresses are this run's own; all of it goes with the last process."""
     if os.geteuid() != 0:
-        say("bench.scale needs root: it makes a network namespace for the addresses of the fake pods.")
-        return 2
+        sys.exit("bench.scale needs root: it makes a network namespace for the addresses of the fake pods.")
     os.environ[_INSIDE] = "1"
     setup = f'ip link set lo up && ip route add local {POD_NETWORK} dev lo && exec "$@"'
     command = ["unshare", "--net", "--", "sh", "-c", setup, "sh", sys.executable, "-m", "bench.scale", *sys.argv[1:]]

@@ -7,6 +7,7 @@ from typing import Any
 import kopf
 
 from finetune_operator.kube import FINETUNEJOBS, JOBS
+from finetune_operator.looks import CALM_LOOKS_PER_SECOND, is_calm
 from finetune_operator.metrics import WATCH_EVENTS
 from finetune_operator.store import Store, key_of
 from finetune_operator.workqueue import WorkQueue
@@ -24,7 +25,7 @@ def build_registry(store: Store, queue: WorkQueue) -> kopf.OperatorRegistry:
 
     # An index makes kopf hold back all events until every Job was listed: no job is taken for new after a restart.
     @kopf.index(JOBS.group, JOBS.version, JOBS.plural, registry=registry, labels=MANAGED)
-    def job_seen(body: kopf.Body, **_: Any) -> None:
+    async def job_seen(body: kopf.Body, **_: Any) -> None:  # async: kopf runs plain functions in threads
         WATCH_EVENTS.labels(resource=JOBS.plural).inc()
         if key := store.saw_job(dict(body)):
             queue.add(key)
@@ -43,7 +44,11 @@ def build_registry(store: Store, queue: WorkQueue) -> kopf.OperatorRegistry:
             if store.forget_resource(key, resource["metadata"]["uid"]):
                 queue.forget(key)
         elif store.saw_resource(resource):
-            queue.add(key)
+            job = store.job_of(key)
+            if event["type"] is None and is_calm(resource, job):  # listed after a start: no hurry, and not all at once
+                queue.add(key, store.live / CALM_LOOKS_PER_SECOND)
+            else:
+                queue.add(key, first=job is None)  # pods before words: no job waits for the statuses of others
 
     return registry
 
@@ -56,7 +61,7 @@ def build_settings(scope: str) -> kopf.OperatorSettings:
     settings.scanning.disabled = True  # CRD and namespaces are known: no cluster-wide reads of those
     settings.persistence.finalizer = f"{scope}/unused"
     settings.persistence.progress_storage = kopf.AnnotationsProgressStorage(prefix=scope)
-    settings.persistence.diffbase_storage = kopf.AnnotationsDiffBaseStorage(prefix=scope)
+    settings.persistence.diffbase_storage = _NoDifferences()
     settings.watching.server_timeout = 600
     settings.watching.client_timeout = 660
     settings.watching.connect_timeout = 30
@@ -66,3 +71,16 @@ def build_settings(scope: str) -> kopf.OperatorSettings:
     settings.queueing.idle_timeout = 1.0
     settings.queueing.exit_timeout = 1.0
     return settings
+
+
+class _NoDifferences(kopf.DiffBaseStorage):
+    """kopf compares nothing for us, and need not copy every object to do so."""
+
+    def build(self, *, body: kopf.Body, extra_fields: Any = None) -> kopf.BodyEssence:  # noqa: ARG002
+        return kopf.BodyEssence({})
+
+    def fetch(self, *, body: kopf.Body) -> kopf.BodyEssence | None:  # noqa: ARG002
+        return None
+
+    def store(self, *, body: kopf.Body, patch: kopf.Patch, essence: kopf.BodyEssence) -> None:
+        """Nothing is kept."""

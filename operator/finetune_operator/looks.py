@@ -10,6 +10,10 @@ from typing import Any
 from finetune_operator.derive import is_settled, wants_pods
 from finetune_operator.observe import JobView
 
+CALM_LOOKS_PER_SECOND = 20.0
+"""Of all jobs together. Each costs a LIST, a page per pod and a status: many live jobs are looked at less often."""
+_PATIENT = {"Pending", "Starting", "Running", "Publishing"}
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -35,3 +39,21 @@ def is_over(job: JobView | None) -> bool:
 
 def _runs(resource: Mapping[str, Any]) -> bool:
     return bool(resource.get("status", {}).get("state") == "Running")
+
+
+def is_calm(resource: Mapping[str, Any], job: JobView | None) -> bool:
+    """Whether the job runs, its status says so, and nothing has happened to it since."""
+    if job is None or not _runs(resource) or is_over(job) or job.terminating or job.ready < job.nodes:
+        return False
+    return bool(resource["status"].get("observedGeneration") == resource["metadata"].get("generation"))
+
+
+def seconds_until_next_look(state: str | None, wanted_seconds: float | None, live: int, starting: int) -> float | None:
+    """What a job asks for; longer where so many are ``live`` (or ``starting``) that their looks would crowd out news.
+
+    Only looks that nothing has happened for: news are looked at when they come.
+    """
+    if wanted_seconds is None or state not in _PATIENT:
+        return wanted_seconds
+    others = starting if state in {"Pending", "Starting"} else live
+    return max(wanted_seconds, others / CALM_LOOKS_PER_SECOND)

@@ -7,7 +7,7 @@ observed = gather()  ->  spec = parse_spec()  ->  plan = make_plan()  ->  childr
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -19,12 +19,13 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.trainer_config import JobIdentity
 from finetune_api.validation import Place, parse_spec
 from finetune_operator.build import build_children
+from finetune_operator.checks import PENDING_LOOK_SECONDS
 from finetune_operator.derive import derive, derive_invalid, dump, is_settled, seconds_to_live
 from finetune_operator.events import tell
 from finetune_operator.gather import Gatherer
 from finetune_operator.kube import FIELD_MANAGER, FINETUNEJOBS, JOBS, PODS, PROGRESS_MANAGER, Kube
 from finetune_operator.logs import log_of
-from finetune_operator.looks import is_over
+from finetune_operator.looks import is_over, seconds_until_next_look
 from finetune_operator.metrics import JOB_SECONDS, RECONCILE_SECONDS, RESTARTS, STATUS_WRITES
 from finetune_operator.observe import JobView, Observed
 from finetune_operator.policy import policy_problems
@@ -67,7 +68,9 @@ class Reconciler:
             verdict = await self._judge(key, entry, await self.gatherer.gather(entry, self.store.job_of(key)))
             await self._write(entry, verdict)
             await self._obey(key, entry, verdict)
-            look_again = verdict.look_again_seconds
+            look_again = seconds_until_next_look(
+                verdict.status.state, verdict.look_again_seconds, self.store.live, self.store.starting
+            )
         return await self._settle(key, entry) if is_settled(entry.resource) else look_again
 
     async def _judge(self, key: Key, entry: Entry, observed: Observed) -> Verdict:
@@ -113,7 +116,7 @@ class Reconciler:
         before = entry.resource.get("status", {})
         after = dump(verdict.status)
         changed = {name: after.get(name) for name in {*before, *after} if before.get(name) != after.get(name)}
-        if changed:
+        if changed and not _is_early(before, verdict) and not _is_only_a_date(before, after, changed):
             manager = PROGRESS_MANAGER if changed.keys() <= _PROGRESS_FIELDS else FIELD_MANAGER
             written = await self.kube.merge(FINETUNEJOBS, entry.resource, {"status": changed}, "status", manager)
             STATUS_WRITES.inc()
@@ -169,6 +172,24 @@ def plan_of(resource: Mapping[str, Any], settings: OperatorSettings) -> tuple[Fi
     metadata = resource["metadata"]
     identity = JobIdentity(namespace=metadata["namespace"], name=metadata["name"], uid=metadata["uid"])
     return spec, make_plan(spec, Facts(), identity)
+
+
+def _is_early(before: Mapping[str, Any], verdict: Verdict) -> bool:
+    """Whether the first words about a job may wait: its pods were asked for a moment ago, and may run a moment later.
+
+    Such a job then says Running at once. A status costs the API server more than all children together.
+    """
+    seconds = verdict.look_again_seconds
+    quiet = not before.get("conditions") and not verdict.events and not verdict.commands
+    return quiet and verdict.status.state == "Pending" and seconds is not None and seconds <= PENDING_LOOK_SECONDS
+
+
+def _is_only_a_date(before: Mapping[str, Any], after: Mapping[str, Any], changed: Collection[str]) -> bool:
+    """Whether the launchers said what they had said before."""
+    was, now = before.get("progress"), after.get("progress")
+    if set(changed) != {"progress"} or was is None or now is None:
+        return False
+    return {**was, "updatedAt": None} == {**now, "updatedAt": None}
 
 
 def _with_job(observed: Observed, job: JobView | None) -> Observed:

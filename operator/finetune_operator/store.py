@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -19,6 +19,7 @@ from finetune_operator.workqueue import Key
 
 Object = Mapping[str, Any]
 _UNUSED_METADATA = ("managedFields",)
+_STARTING = {None, "", "Pending", "Starting"}
 _KEPT_WHEN_SETTLED = ("namespace", "name", "uid", "generation", "resourceVersion")
 
 
@@ -43,6 +44,8 @@ class Store:
     def __init__(self) -> None:
         self._entries: dict[Key, Entry] = {}
         self._jobs: dict[Key, tuple[str, JobView]] = {}  # (resourceVersion, view)
+        self._live: set[Key] = set()  # not settled
+        self._starting: set[Key] = set()  # of those, what has not run yet
 
     def get(self, key: Key) -> Entry | None:
         return self._entries.get(key)
@@ -54,6 +57,16 @@ class Store:
     def keys(self) -> list[Key]:
         return list(self._entries)
 
+    @property
+    def live(self) -> int:
+        """How many jobs have not ended."""
+        return len(self._live)
+
+    @property
+    def starting(self) -> int:
+        """How many of them have not run yet."""
+        return len(self._starting)
+
     def states(self) -> Mapping[str, int]:
         """How many jobs are in which state."""
         return Counter(entry.resource.get("status", {}).get("state", "Pending") for entry in self._entries.values())
@@ -63,6 +76,7 @@ class Store:
         key, entry = key_of(resource), self._entries.get(key_of(resource))
         if entry is None or entry.resource["metadata"]["uid"] != resource["metadata"]["uid"]:
             self._entries[key] = Entry(_slim(resource))
+            self._count(key, resource)
             return True
         known, seen = (int(r["metadata"]["resourceVersion"]) for r in (entry.resource, resource))
         if seen <= known:  # comparable since Kubernetes 1.35 (KEP-5504), and in practice before
@@ -70,6 +84,7 @@ class Store:
         if entry.resource["metadata"].get("generation") != resource["metadata"].get("generation"):
             entry.planned = None
         entry.resource, entry.settled = _slim(resource), False
+        self._count(key, resource)
         return True
 
     def settle(self, key: Key, expires: datetime | None) -> None:
@@ -78,6 +93,7 @@ class Store:
         metadata = {name: entry.resource["metadata"].get(name) for name in _KEPT_WHEN_SETTLED}
         state = entry.resource.get("status", {}).get("state", "")
         self._entries[key] = Entry({"metadata": metadata, "status": {"state": state}}, settled=True, expires=expires)
+        self._discount(key)
 
     def forget_resource(self, key: Key, uid: str) -> bool:
         """Forget a deleted FineTuneJob; false if a newer one has taken its name."""
@@ -85,10 +101,20 @@ class Store:
         if entry is None or entry.resource["metadata"]["uid"] != uid:
             return False
         del self._entries[key]
+        self._discount(key)
         return True
 
+    def _count(self, key: Key, resource: Object) -> None:
+        self._live.add(key)
+        starts = resource.get("status", {}).get("state") in _STARTING
+        (self._starting.add if starts else self._starting.discard)(key)
+
+    def _discount(self, key: Key) -> None:
+        self._live.discard(key)
+        self._starting.discard(key)
+
     def saw_job(self, job: Object) -> Key | None:
-        """Remember a Job of ours; the FineTuneJob that it belongs to, if this is news."""
+        """Remember a Job of ours; the FineTuneJob that it belongs to, if a decision may depend on what is new."""
         key = _owner_key(job)
         if key is None:
             return None
@@ -96,8 +122,9 @@ class Store:
         known = self._jobs.get(key)
         if known is not None and known[1].uid == job["metadata"]["uid"] and int(known[0]) >= int(version):
             return None
-        self._jobs[key] = (version, job_view(job))
-        return key
+        view = job_view(job)
+        self._jobs[key] = (version, view)
+        return key if known is None or _essence(known[1]) != _essence(view) else None
 
     def forget_job(self, job: Object) -> Key | None:
         key = _owner_key(job)
@@ -120,6 +147,7 @@ class Store:
         orphaned = {key for key, (_, view) in self._jobs.items() if view.uid in lost}
         for key in gone:
             del self._entries[key]
+            self._discount(key)
         for key in orphaned:
             del self._jobs[key]
         changed = {key_of(resource) for resource in resources if self.saw_resource(resource)}
@@ -129,6 +157,12 @@ class Store:
 def _slim(resource: Object) -> Object:
     metadata = {name: value for name, value in resource["metadata"].items() if name not in _UNUSED_METADATA}
     return {**resource, "metadata": metadata}
+
+
+def _essence(view: JobView) -> JobView:
+    """Without the counts that move while pods start: what matters then is that all are ready."""
+    active = view.active if view.suspended else 0
+    return replace(view, active=active, ready=int(view.ready + view.succeeded >= view.nodes), started=None)
 
 
 def _owner_key(job: Object) -> Key | None:

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 Key = tuple[str, str]  # namespace, name
 
 _BACKOFF_SECONDS = (0.2, 0.5, 1, 2, 4, 8, 15, 30, 60)
+_HEAD_START_SECONDS = 3600.0
 
 
 @dataclass
 class _Entry:
-    due: float  # time.monotonic()
+    due: float  # time.monotonic(); long ago for whom nobody goes before
     asked: float  # when the oldest unprocessed request came in
     ticket: int  # of its newest place in the heap; older places are void
 
@@ -31,15 +32,15 @@ class WorkQueue:
         self._tickets = itertools.count()
         self._changed = asyncio.Event()
 
-    def add(self, key: Key, delay_seconds: float = 0.0) -> None:
-        """Look at ``key`` after ``delay_seconds`` at the latest."""
+    def add(self, key: Key, delay_seconds: float = 0.0, first: bool = False) -> None:
+        """Look at ``key`` after ``delay_seconds`` at the latest. ``first``: now, before all others."""
         now = time.monotonic()
-        due = now + delay_seconds
+        due = now - _HEAD_START_SECONDS if first else now + delay_seconds
         entry = self._waiting.get(key)
         if entry is not None and entry.due <= due:
             return
         ticket = next(self._tickets)
-        self._waiting[key] = _Entry(due, min(entry.asked, now) if entry and entry.due <= now else due, ticket)
+        self._waiting[key] = _Entry(due, min(entry.asked, now) if entry and entry.due <= now else max(due, now), ticket)
         heapq.heappush(self._heap, (due, ticket, key))
         self._changed.set()
 
