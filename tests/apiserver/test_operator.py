@@ -247,8 +247,8 @@ def _requests_of(server: RunningServer, user: str) -> dict[tuple[str, str], int]
     return found
 
 
-def test_five_requests_until_a_job_runs(there: Stage) -> None:
-    """Three children and two words of status; pods are listed only when they need more than 3 s."""
+def test_four_requests_until_a_job_runs(there: Stage) -> None:
+    """Three children and one status; a job whose pods need more than 3 s says before what it waits for."""
     there.quiet(1)
     before = len(there.proxy.seen)
     life = Life(there.kube, there.kubelet)
@@ -256,11 +256,13 @@ def test_five_requests_until_a_job_runs(there: Stage) -> None:
     there.kube.create(job())
     life.until_state("Running")
     seen = [one for one in there.proxy.seen[before:] if not one.is_watch]
-    assert Counter(_word(one) for one in seen if one.is_write and one.resource != "events") == {
+    counted = Counter(_word(one) for one in seen if one.is_write and one.resource != "events")
+    waited = int("GET pods" in {_word(one) for one in seen})  # on a slow machine
+    assert counted == {
         "PATCH configmaps": 1,
         "PATCH services": 1,
         "PATCH jobs": 1,
-        "PATCH finetunejobs/status": 2,
+        "PATCH finetunejobs/status": 1 + waited,
     }
 
 
