@@ -47,6 +47,10 @@ def test_a_stopped_launcher_and_then_a_killed_rank_change_no_byte_of_the_result(
     ranks = wait_for_step(ground.work(job), said["step"] + chance.randint(1, 15))
     os.kill(ranks[chance.choice([0, 1])].pid, signal.SIGKILL)
     assert end_of(launcher) == 0
+    assert {beat.resumed_from_step for beat in ranks.values()} == {said["step"]}
+    (ended,) = json.loads((ground.work(job) / "termination.json").read_text())["ended"]
+    assert (ended["exitClass"], ended["resumedFromStep"]) == ("RankKilled", said["step"])
+    assert ended["lastStep"] >= max(beat.step for beat in ranks.values())
 
     outcome = ground.outcome(job)
     resumed = [attempt["resumedFromStep"] for attempt in outcome.report["attempts"]]
