@@ -1,12 +1,14 @@
-"""buildah with a storage of its own: the base system, builds of the Dockerfile, and their layers as an OCI layout."""
+"""buildah with a storage of its own: the base system and builds of the Dockerfile."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from deploy.local.cluster import machine
 from deploy.local.cluster.layout import ClusterError, tools_cache
@@ -23,9 +25,9 @@ def directory() -> Path:
     return tools_cache().absolute() / "images"
 
 
-def layers() -> Path:
-    """OCI layout (image specification 1.1) with every built image under its name, layers not compressed."""
-    return directory() / "oci"
+def storage() -> Path:
+    """Images and layers as buildah keeps them (containers/storage, overlay driver)."""
+    return directory() / "storage"
 
 
 def require_packages() -> None:
@@ -81,9 +83,14 @@ def build(tree: Path, target: str, name: str) -> None:
     _buildah("bud", *options, "--build-arg", f"BASE={BASE}", "--target", target, "--tag", name, str(tree))
 
 
-def export(name: str) -> None:
-    """Copy an image's manifest and the layers that are not there yet into `layers`."""
-    _buildah("push", "--quiet", "--disable-compression", name, f"oci:{layers()}:{name}")
+def inspect(name: str) -> dict[str, Any]:
+    """What buildah knows of an image; ``Manifest`` and ``Config`` are the texts of the OCI documents.
+
+    Raises:
+        ClusterError: there is no such image.
+    """
+    found: dict[str, Any] = json.loads(_buildah("inspect", "--type", "image", name))
+    return found
 
 
 def remove(names: list[str]) -> None:
@@ -95,12 +102,11 @@ def remove(names: list[str]) -> None:
 
 
 def clean() -> None:
-    """Remove buildah's storage and the layers, also after a build was killed."""
-    storage = directory() / "storage"
+    """Remove buildah's storage, also after a build was killed."""
     mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
-    for mount in sorted((mount for mount in mounts if Path(mount).is_relative_to(storage)), reverse=True):
+    for mount in sorted((mount for mount in mounts if Path(mount).is_relative_to(storage())), reverse=True):
         run("umount", "--lazy", mount)
-    for path in (storage, directory() / "run", layers(), directory() / "base.new"):
+    for path in (storage(), directory() / "run", directory() / "base.new"):
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -127,7 +133,7 @@ def _mirror() -> list[str]:
 
 
 def _buildah(command: str, *arguments: str) -> str:
-    place = ["--root", str(directory() / "storage"), "--runroot", str(directory() / "run")]
+    place = ["--root", str(storage()), "--runroot", str(directory() / "run")]
     words = ["buildah", *place, "--storage-driver", "overlay", command, *arguments]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode != 0:

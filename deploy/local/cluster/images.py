@@ -13,7 +13,6 @@ the tools cache.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import hashlib
 import json
 import shutil
@@ -24,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploy.local.cluster import builder, cluster, golden_store, machine
+from deploy.local.cluster import builder, cluster, golden_store, machine, stores
 from deploy.local.cluster.layout import ClusterError, Layout
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -71,14 +70,16 @@ def build(targets: Sequence[str] = tuple(IMAGES), tree: Path = REPOSITORY) -> di
         ClusterError: a package of this machine is missing or a build failed; the text says which.
     """
     machine.require_root()
-    with _lock():
+    with stores.locked():
         wanted = {target: tag(IMAGES[target], tree) for target in targets}
         built = _read("built.json")
         stale = [
             target for target in targets if wanted[target] not in [entry["tag"] for entry in built.get(target, [])]
         ]
-        if stale or not golden_store.exists():
-            _build_all(targets, wanted, tree, built)
+        if not golden_store.exists():
+            stale = list(targets)
+        if stale:
+            _build_all(stale, wanted, tree, built)
         for target in targets:  # the current one moves to the end, so that it is forgotten last
             entries = built[target]
             entries.sort(key=lambda entry, current=wanted[target]: entry["tag"] == current)
@@ -109,7 +110,7 @@ def load(layout: Layout) -> None:
     Raises:
         ClusterError: nothing was built, or a node is off.
     """
-    with _lock():
+    with stores.locked():
         for name in current().values():
             for node in layout.nodes:
                 with _step(f"{name} into {node.name}"):
@@ -118,7 +119,7 @@ def load(layout: Layout) -> None:
 
 def clean() -> None:
     """Remove every image, layer and store; the next build starts from nothing."""
-    with _lock():
+    with stores.locked():
         builder.clean()
         for name in ("tags.json", "built.json"):
             (builder.directory() / name).unlink(missing_ok=True)
@@ -164,15 +165,12 @@ def _build_all(
                 builder.build(tree, f"{target}-deps", dependencies)
         with _step(f"image {name}"):
             builder.build(tree, target, name)
-        with _step(f"layers of {name}"):
-            builder.export(name)
         entries = [entry for entry in built.get(target, []) if entry["tag"] != wanted[target]]
         built[target] = [*entries, {"tag": wanted[target], "dependencies": key}]
     with _step("golden image store"), golden_store.containerd() as socket:
         golden_store.import_pause(socket)
         for target in targets:
             golden_store.import_image(socket, IMAGES[target].name(wanted[target]))
-    golden_store.share_blobs()
 
 
 def _forget_old(built: dict[str, list[dict[str, str]]]) -> None:
@@ -191,19 +189,6 @@ def _forget_old(built: dict[str, list[dict[str, str]]]) -> None:
     with _step(f"removing {len(dropped)} old images"), golden_store.containerd() as socket:
         golden_store.remove_images(socket, dropped)
         builder.remove(dropped)
-
-
-@contextmanager
-def _lock() -> Iterator[None]:
-    """One build, import or load at a time."""
-    builder.directory().mkdir(parents=True, exist_ok=True)
-    with (builder.directory() / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print("waiting for another process that builds or loads images", file=sys.stderr, flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 @contextmanager

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from deploy.local.cluster import processes
@@ -19,6 +23,21 @@ def golden() -> Path:
     return tools_cache() / "images" / "golden"
 
 
+@contextmanager
+def locked(*, shared: bool = False) -> Iterator[None]:
+    """Alone with the images of this machine, to build, import or remove; or ``shared`` with others that only read."""
+    directory = tools_cache() / "images"
+    directory.mkdir(parents=True, exist_ok=True)
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    with (directory / "lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("waiting for another process that builds or loads images", file=sys.stderr, flush=True)
+            fcntl.flock(lock, kind)
+        yield
+
+
 def fill(layout: Layout, node: Node) -> None:
     """Give a node that was never booted its own view of the golden store; without one it starts empty.
 
@@ -28,6 +47,11 @@ def fill(layout: Layout, node: Node) -> None:
     store = layout.node_disk(node) / "containerd"
     if store.exists() or not golden().is_dir():
         return
+    with locked(shared=True):  # a containerd that imports changes the databases
+        _link(store)
+
+
+def _link(store: Path) -> None:
     layers = golden() / _LAYERS
     for directory, names, files in os.walk(golden()):
         source = Path(directory)
