@@ -72,6 +72,7 @@ def test_the_operator_may_die_after_any_write(job_server: RunningServer, tmp_pat
     with ThreadPoolExecutor(AT_ONCE) as pool:
         outcomes = dict(pool.map(killed, numbers))
     faults = {number: trouble for number, outcome in outcomes.items() if (trouble := _differs(outcome, expected))}
+    print(f"{name}, {when}: {len(outcomes)} lives, faults {faults}")
     assert faults == {}
     # The last writes of a life may fall away where two looks became one; then nothing was killed.
     survived = [number for number, outcome in outcomes.items() if outcome.starts == 1]
