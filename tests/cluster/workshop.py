@@ -1,0 +1,280 @@
+"""FineTuneJobs on the local cluster: the product installed by Helm, a tiny model and data in S3, jobs to their end."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from deploy.local.cluster import images, tools
+from deploy.local.cluster.layout import tools_cache
+from deploy.local.cluster.object_storage import BUCKET
+from ruamel.yaml import YAML
+from tests.builders import build_model, conversations, write_jsonl
+from tests.cluster.cluster import LocalCluster, wait_for
+
+from finetune_storage import ObjectStore, fetch_artifact
+
+REPOSITORY = Path(__file__).parents[2]
+CHART = REPOSITORY / "charts" / "finetune-operator"
+RELEASE, SYSTEM = "finetune", "finetune-system"
+OPERATOR = "deployment/finetune-operator"
+SECRET = "bucket"
+MODEL, DATA = f"s3://{BUCKET}/tests/model", f"s3://{BUCKET}/tests/train.jsonl"
+PROGRESS_SECONDS = 2  # the product's default is 10; tests want to see more of a short job
+
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "DDP": {"type": "DDP"},
+    "FSDP": {"type": "FSDP"},
+    "ZeRO-2": {"type": "DeepSpeed", "deepspeed": {"zeroStage": 2}},
+    "ZeRO-3": {"type": "DeepSpeed", "deepspeed": {"zeroStage": 3}},
+    "ZeRO-3 offloaded": {
+        "type": "DeepSpeed",
+        "deepspeed": {"zeroStage": 3, "offloadOptimizer": "CPU", "offloadParameters": "CPU"},
+    },
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "Full": {"type": "Full"},
+    "LoRA": {"type": "LoRA", "lora": {"rank": 4}},
+    "QLoRA": {"type": "QLoRA", "lora": {"rank": 4}},
+}
+
+
+def install(cluster: LocalCluster, *, values: dict[str, Any] | None = None, upgrade: bool = True) -> None:
+    """`helm upgrade --install` of this working tree: images built and loaded if need be. Once per run and change."""
+    with (tools_cache() / "cluster-test-install.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        names = images.build()
+        installed = helm(cluster, "list", "--namespace", SYSTEM, "--output", "json")
+        wanted = json.dumps([names, values or {}], sort_keys=True)
+        mark = cluster.layout.state / "installed-by-tests"
+        if RELEASE in installed and not (upgrade and values) and mark.exists() and mark.read_text() == wanted:
+            return
+        images.load(cluster.layout)
+        text = json.dumps(_values(names) | (values or {}))
+        file = cluster.layout.state / "test-values.json"
+        file.write_text(text)
+        command = ["upgrade", "--install", RELEASE, str(CHART), "--namespace", SYSTEM, "--create-namespace"]
+        helm(cluster, *command, "--values", str(file), "--wait", "--timeout", "120s")
+        mark.write_text(wanted)
+
+
+def helm(cluster: LocalCluster, *words: str) -> str:
+    """The output of Helm; AssertionError with its words if it fails."""
+    command = [str(tools.program("helm")), *words]
+    done = subprocess.run(command, env=cluster.environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"helm {words[0]}: {done.stderr.strip()}"
+    return done.stdout
+
+
+def _values(names: dict[str, str]) -> dict[str, Any]:
+    image = {}
+    for target, name in names.items():
+        repository, _, tag = name.rpartition(":")
+        image[target] = {"repository": repository, "tag": tag}
+    return {
+        "image": image,
+        "fullnameOverride": "finetune-operator",
+        "log": {"format": "text", "level": "info"},
+        "progress": {"intervalSeconds": PROGRESS_SECONDS},
+        "training": {"terminationGracePeriodSeconds": 30},
+        "collectiveTimeoutSeconds": 60,
+        "rendezvousTimeoutSeconds": 240,
+        # the node that tests break is n2: the operator lives on n1
+        "nodeSelector": {"kubernetes.io/hostname": "n1"},
+    }
+
+
+def put_ground(cluster: LocalCluster, folder: Path) -> None:
+    """The tiny model and the data in the cluster's bucket; the same bytes every time."""
+    with (tools_cache() / "cluster-test-ground.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        store = ObjectStore.open(f"s3://{BUCKET}/tests", environment=storage_environment(cluster))
+        if store.exists("train.jsonl"):
+            return
+        model = folder / "model"
+        build_model(model)
+        write_jsonl(folder / "train.jsonl", conversations(60))
+        for path in sorted(model.iterdir()):
+            store.put(f"model/{path.name}", path)
+        store.put("train.jsonl", folder / "train.jsonl")
+
+
+def storage_environment(cluster: LocalCluster) -> dict[str, str]:
+    return dict(cluster.s3().environment)
+
+
+class Workshop:
+    """Jobs of one test in a namespace of its own, with the bucket's Secret in it."""
+
+    def __init__(self, cluster: LocalCluster, namespace: str) -> None:
+        self.cluster = cluster
+        self.namespace = namespace
+        environment = storage_environment(cluster)
+        keys = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION")
+        self.cluster.apply(
+            {
+                "apiVersion": "v1",
+                "kind": "Secret",
+                "metadata": {"name": SECRET},
+                "stringData": {name: environment[name] for name in keys},
+            },
+            namespace=namespace,
+        )
+
+    # ---- manifests
+
+    def manifest(self, name: str, method: str, strategy: str, **blocks: dict[str, Any]) -> dict[str, Any]:
+        """A job of two pods with one rank each; ``blocks`` are merged into the spec's blocks."""
+        place = {"endpoint": storage_environment(self.cluster)["AWS_ENDPOINT_URL"]}
+        access = {**place, "credentials": {"secretName": SECRET}}
+        spec: dict[str, Any] = {
+            "model": {"uri": MODEL, **access},
+            "dataset": {"train": [{"uri": DATA, **access}], "maxSequenceLength": 128, "packing": False},
+            "method": METHODS[method],
+            "training": {"maxSteps": 20, "globalBatchSize": 8, "precision": "FP32", "learningRate": 3e-3},
+            "distributed": {"nodes": 2, "processesPerNode": 1, "strategy": STRATEGIES[strategy]},
+            "resources": {"requests": {"cpu": "200m", "memory": "1Gi"}, "sharedMemory": "256Mi"},
+            "checkpoint": {"everySteps": 5},
+            "output": {"uri": f"s3://{BUCKET}/tests/out/{self.namespace}", **access},
+        }
+        for block, changes in blocks.items():
+            spec[block] = {**spec.get(block, {}), **changes}
+        return {
+            "apiVersion": "finetune.dev/v1alpha1",
+            "kind": "FineTuneJob",
+            "metadata": {"name": name},
+            "spec": spec,
+        }
+
+    def slow(self, steps: int = 300, **blocks: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """Blocks of a job that trains long enough to be disturbed (about 10 steps a second) and checkpoints often."""
+        training = {"maxSteps": steps, "globalBatchSize": 8, "precision": "FP32", "learningRate": 3e-3}
+        return {"training": training, "checkpoint": {"everySteps": 20}, **blocks}
+
+    # ---- life
+
+    def submit(self, manifest: dict[str, Any]) -> str:
+        """`kubectl apply`; the job's name."""
+        self.cluster.apply(manifest, namespace=self.namespace)
+        return str(manifest["metadata"]["name"])
+
+    def patch(self, name: str, spec: dict[str, Any]) -> None:
+        words = ["patch", "finetunejob", name, "-n", self.namespace, "--type=merge", "-p", json.dumps({"spec": spec})]
+        self.cluster.kubectl(*words)
+
+    def status(self, name: str) -> dict[str, Any]:
+        found = self.cluster.get("finetunejob", name, self.namespace)
+        return {} if found is None else dict(found.get("status", {}))
+
+    def pods(self, name: str) -> list[dict[str, Any]]:
+        return self.cluster.list("pods", self.namespace, f"finetune.dev/job={name}")
+
+    def pod(self, name: str, index: int) -> dict[str, Any]:
+        """The newest living pod of an index."""
+        living = [pod for pod in self.pods(name) if _index(pod) == index and "deletionTimestamp" not in pod["metadata"]]
+        return max(living, key=lambda pod: str(pod["metadata"]["creationTimestamp"]))
+
+    def wait(self, name: str, state: str, seconds: float = 180) -> dict[str, Any]:
+        """The status as soon as the job is in ``state``; fails at once if it ends otherwise, with the whole story."""
+
+        def arrived() -> bool:
+            now = self.status(name).get("state")
+            if now in {"Failed", "Invalid", "Complete"} and now != state:
+                raise AssertionError(f"{name} is {now}, not {state}:\n{self.story(name)}")
+            return bool(now == state)
+
+        try:
+            wait_for(arrived, seconds, f"{name} is not {state}", pause=0.3)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.story(name)}") from None
+        return self.status(name)
+
+    def wait_step(self, name: str, step: int, seconds: float = 120) -> None:
+        """Until a pod reports this step (asked directly: the status is up to two seconds older)."""
+
+        def reached() -> bool:
+            status = self.status(name)
+            if status.get("state") in {"Failed", "Invalid", "Complete"}:
+                raise AssertionError(f"{name} ended before step {step}:\n{self.story(name)}")
+            return int(status.get("progress", {}).get("step", 0)) >= step
+
+        wait_for(reached, seconds, f"{name} does not reach step {step}:\n{self.story(name)}", pause=0.3)
+
+    def story(self, name: str) -> str:
+        """Everything one wants to read when a job went wrong."""
+        parts = [json.dumps(self.status(name), indent=1)]
+        parts.append(self.cluster.kubectl("get", "pods,events", "-n", self.namespace, "-o", "wide", check=False))
+        for pod in self.pods(name):
+            words = ["logs", "-n", self.namespace, pod["metadata"]["name"], "--tail=40"]
+            parts.append(f"--- {pod['metadata']['name']}\n" + self.cluster.kubectl(*words, check=False))
+        parts.append(self.cluster.kubectl("logs", "-n", SYSTEM, OPERATOR, "--tail=40", check=False))
+        return "\n".join(parts)
+
+    # ---- results
+
+    def fetch(self, status: dict[str, Any], directory: Path) -> Path:
+        """The published artifact, every digest checked."""
+        artifacts = status["artifacts"]
+        store = ObjectStore.open(artifacts["uri"], environment=storage_environment(self.cluster))
+        fetch_artifact(store, directory, manifest_sha256=artifacts["manifestSha256"])
+        return directory
+
+    def losses(self, status: dict[str, Any]) -> list[float]:
+        """Training loss of every step, from the published report."""
+        prefix = status["artifacts"]["uri"]
+        store = ObjectStore.open(prefix, environment=storage_environment(self.cluster))
+        report = json.loads(store.get("report.json"))
+        return [step["loss"] for step in report["steps"]]
+
+    def run_locally(self, manifest: dict[str, Any], folder: Path) -> dict[str, Any]:
+        """`finetune run` of the same manifest on this machine, writing elsewhere; its result as JSON."""
+        place = manifest["spec"]["output"]
+        elsewhere = {**place, "uri": f"{place['uri']}/local"}
+        manifest = {**manifest, "spec": {**manifest["spec"], "output": elsewhere}}
+        text = io.StringIO()
+        YAML().dump(manifest, text)
+        command = [str(Path(sys.executable).with_name("finetune")), "run", "-", "--output", "json"]
+        environment = {**os.environ, **storage_environment(self.cluster), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*command, "--state-dir", str(folder)],
+            input=text.getvalue(),
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        result: dict[str, Any] = json.loads(done.stdout)
+        return result
+
+
+def _index(pod: dict[str, Any]) -> int:
+    return int(pod["metadata"]["labels"]["batch.kubernetes.io/job-completion-index"])
+
+
+def rank_process(cluster: LocalCluster, pod: dict[str, Any]) -> int:
+    """The process id, on this machine, of a rank inside a pod (cgroups name the pod)."""
+    uid = pod["metadata"]["uid"]
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (path / "cmdline").read_bytes().split(b"\0")
+            if b"finetune_trainer.worker" in words and uid in (path / "cgroup").read_text():
+                return int(path.name)
+    raise AssertionError(f"no rank of {pod['metadata']['name']} runs on this machine")
+
+
+@contextlib.contextmanager
+def workshop(cluster: LocalCluster) -> Iterator[Workshop]:
+    """A workshop in a new ``restricted`` namespace."""
+    with cluster.namespace("jobs") as namespace:
+        yield Workshop(cluster, namespace)
+
+
+Until = Callable[[], bool]
