@@ -34,11 +34,11 @@ class Gatherer:
     async def gather(self, entry: Entry, job: JobView | None) -> Observed:
         """What is known of the job now. Raises ApiError."""
         resource = entry.resource
-        reads = wanted(resource, job, datetime.now(UTC), knows_pods=bool(entry.pods))
+        reads = wanted(resource, job, datetime.now(UTC), bool(entry.pods), self._settings)
         pods = await self._pods(resource) if reads.pods else None
         if pods is not None:
             entry.pods = pods
-        complaints = await self._complaints(resource) if pods is not None and _lacks_pods(job, pods) else ()
+        complaints = await self._complaints(resource, pods) if pods is not None and _is_stuck(job, pods) else ()
         progress = await self._progress(entry.pods) if reads.progress else ()
         return Observed(resource, datetime.now(UTC), job, pods, complaints, progress)
 
@@ -51,11 +51,12 @@ class Gatherer:
         found = await self._kube.list(PODS, metadata["namespace"], f"{JOB_LABEL}={metadata['name']}")
         return tuple(sorted((pod_view(pod) for pod in found), key=lambda pod: (pod.index, pod.created, pod.name)))
 
-    async def _complaints(self, resource: Object) -> tuple[str, ...]:
-        """Why the Job controller cannot make pods, in its own words (quota, admission)."""
+    async def _complaints(self, resource: Object, pods: tuple[PodView, ...]) -> tuple[str, ...]:
+        """Why pods cannot be made (quota, admission) or cannot start (volumes), in the words of who knows."""
         metadata = resource["metadata"]
-        selector = f"type=Warning,involvedObject.kind=Job,involvedObject.name=ftj-{metadata['name']}"
-        events = await self._kube.list(CORE_EVENTS, metadata["namespace"], field_selector=selector)
+        about = {f"ftj-{metadata['name']}", *(pod.name for pod in pods if not pod.ended)}
+        events = await self._kube.list(CORE_EVENTS, metadata["namespace"], field_selector="type=Warning")
+        events = [event for event in events if event.get("involvedObject", {}).get("name") in about]
         events.sort(key=lambda event: event.get("lastTimestamp") or event.get("eventTime") or "", reverse=True)
         return tuple(dict.fromkeys(event.get("message", "") for event in events))[:_COMPLAINTS]
 
@@ -84,5 +85,10 @@ class Gatherer:
         return self._session
 
 
-def _lacks_pods(job: JobView | None, pods: tuple[PodView, ...]) -> bool:
-    return job is not None and not job.suspended and len({pod.index for pod in pods if not pod.ended}) < job.nodes
+def _is_stuck(job: JobView | None, pods: tuple[PodView, ...]) -> bool:
+    """Whether pods are missing, or sit on a node and do not start."""
+    if job is None or job.suspended:
+        return False
+    living = [pod for pod in pods if not pod.ended]
+    missing = len({pod.index for pod in living}) < job.nodes
+    return missing or any(pod.node and pod.started is None for pod in living)

@@ -9,6 +9,7 @@ from typing import Any
 
 from finetune_operator.derive import is_settled, wants_pods
 from finetune_operator.observe import JobView
+from finetune_operator.settings import OperatorSettings
 
 CALM_LOOKS_PER_SECOND = 20.0
 """Of all jobs together. Each costs a LIST, a page per pod and a status: many live jobs are looked at less often."""
@@ -23,12 +24,15 @@ class Wanted:
     progress: bool
 
 
-def wanted(resource: Mapping[str, Any], job: JobView | None, now: datetime, knows_pods: bool) -> Wanted:
+def wanted(
+    resource: Mapping[str, Any], job: JobView | None, now: datetime, knows_pods: bool, settings: OperatorSettings
+) -> Wanted:
     """Pods are LISTed when a decision may depend on them; progress is pulled from the pods known last."""
     if job is None or is_settled(resource):
         return Wanted(False, False)
-    lives = job.active > 0 and not job.suspended
-    pods = wants_pods(resource, job, now) or (lives and job.ready >= job.nodes and not knows_pods and _runs(resource))
+    lives = job.active > 0 or job.terminating > 0
+    asked = wants_pods(resource, job, now, settings.progress.interval_seconds)
+    pods = asked or (lives and job.ready >= job.nodes and not knows_pods and _runs(resource))
     return Wanted(pods, lives and (pods or knows_pods))
 
 

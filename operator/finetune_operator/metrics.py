@@ -10,6 +10,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from finetune_operator.failures import POLICIES
+
 disable_created_metrics()  # type: ignore[no-untyped-call]  # nobody reads them, and they double the series
 REGISTRY = CollectorRegistry()
 _PREFIX = "finetune_operator"
@@ -47,6 +49,8 @@ BUILD_INFO = Gauge(f"{_PREFIX}_build_info", "1; the version is the label.", ["ve
 BUILD_INFO.labels(version=version("finetune-operator")).set(1)
 for _outcome in ("Complete", "Failed"):
     JOB_SECONDS.labels(outcome=_outcome)
+for _cause in POLICIES:
+    RESTARTS.labels(cause=_cause)
 for _error in ("ApiError", "Conflict", "InternalError"):
     RECONCILE_ERRORS.labels(_error)
 

@@ -19,8 +19,8 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.trainer_config import JobIdentity
 from finetune_api.validation import Place, parse_spec
 from finetune_operator.build import build_children
-from finetune_operator.checks import PENDING_LOOK_SECONDS
-from finetune_operator.derive import derive, derive_invalid, dump, is_settled, seconds_to_live
+from finetune_operator.checks import WAITING_LOOK_SECONDS
+from finetune_operator.derive import changes, derive, derive_invalid, dump, is_settled, seconds_to_live
 from finetune_operator.events import tell
 from finetune_operator.gather import Gatherer
 from finetune_operator.kube import FIELD_MANAGER, FINETUNEJOBS, JOBS, PODS, PROGRESS_MANAGER, Kube
@@ -76,7 +76,7 @@ class Reconciler:
     async def _judge(self, key: Key, entry: Entry, observed: Observed) -> Verdict:
         """Parse and plan (once per generation), make sure of the children, derive the status."""
         try:
-            entry.planned = entry.planned or plan_of(entry.resource, self.settings)
+            entry.planned = entry.planned or plan_of(entry.resource, self.settings, is_new=observed.job is None)
             observed = await self._ensure_children(key, entry, entry.planned, observed)
         except SpecError as error:
             return derive_invalid(observed, error.problems)
@@ -115,7 +115,7 @@ class Reconciler:
         """One merge patch with what changed, refused if the job has changed meanwhile; then the events."""
         before = entry.resource.get("status", {})
         after = dump(verdict.status)
-        changed = {name: after.get(name) for name in {*before, *after} if before.get(name) != after.get(name)}
+        changed = changes(before, after)
         if changed and not _is_early(before, verdict) and not _is_only_a_date(before, after, changed):
             manager = PROGRESS_MANAGER if changed.keys() <= _PROGRESS_FIELDS else FIELD_MANAGER
             written = await self.kube.merge(FINETUNEJOBS, entry.resource, {"status": changed}, "status", manager)
@@ -128,8 +128,10 @@ class Reconciler:
         """Carry out the verdict's commands. After the status, so that a crash between repeats only what is harmless."""
         for command in verdict.commands:
             log_of(entry.resource).info("%s", command)
-            if isinstance(command, DeletePod):
-                await self.kube.delete(PODS, key[0], command.name, command.uid, command.force)
+            if isinstance(command, DeletePod) and command.force:
+                await self.kube.give_up_pod(key[0], command.name, command.uid)
+            elif isinstance(command, DeletePod):
+                await self.kube.delete(PODS, key[0], command.name, command.uid)
             elif isinstance(command, DeleteResource):
                 await self._delete(entry.resource)
             else:
@@ -163,10 +165,10 @@ class Reconciler:
         await self.kube.delete(FINETUNEJOBS, metadata["namespace"], metadata["name"], metadata["uid"])
 
 
-def plan_of(resource: Mapping[str, Any], settings: OperatorSettings) -> tuple[FineTuneJobSpec, Plan]:
+def plan_of(resource: Mapping[str, Any], settings: OperatorSettings, is_new: bool) -> tuple[FineTuneJobSpec, Plan]:
     """The typed spec and what will run. Raises SpecError with every problem."""
     spec = parse_spec(resource["spec"], place=Place.CLUSTER)
-    problems = policy_problems(spec, settings, resource["metadata"])
+    problems = policy_problems(spec, settings, resource["metadata"]) if is_new else []  # jobs that run are left alone
     if problems:
         raise SpecError(problems)
     metadata = resource["metadata"]
@@ -181,7 +183,7 @@ def _is_early(before: Mapping[str, Any], verdict: Verdict) -> bool:
     """
     seconds = verdict.look_again_seconds
     quiet = not before.get("conditions") and not verdict.events and not verdict.commands
-    return quiet and verdict.status.state == "Pending" and seconds is not None and seconds <= PENDING_LOOK_SECONDS
+    return quiet and verdict.status.state == "Pending" and seconds is not None and seconds < WAITING_LOOK_SECONDS
 
 
 def _is_only_a_date(before: Mapping[str, Any], after: Mapping[str, Any], changed: Collection[str]) -> bool:

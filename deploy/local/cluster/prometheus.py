@@ -61,7 +61,8 @@ def _pod_labels() -> list[dict[str, Any]]:
         f"{meta}_name": "pod",
         f"{meta}_container_name": "container",
         f"{meta}_node_name": "node",
-        f"{meta}_label_finetune_dev_job": "finetune_dev_job",  # what podTargetLabels makes of finetune.dev/job
+        f"{meta}_label_finetune_dev_job": "finetune_job",  # as deploy/prometheus/scrape.yaml and the PodMonitor say
+        f"{meta}_label_batch_kubernetes_io_job_completion_index": "finetune_node",
     }
     return [
         {"source_labels": names, "action": "keep", "regex": f"(.*;)?{_OURS}(;.*)?"},

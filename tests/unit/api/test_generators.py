@@ -67,7 +67,7 @@ def test_generation_is_deterministic() -> None:
         for seed in ("1", "2")
     }
     assert len(runs) == 1
-    assert len(FILES) == 4
+    assert len(FILES) == 5
 
 
 def test_the_crd_is_structural() -> None:
