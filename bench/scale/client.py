@@ -113,23 +113,31 @@ class Bare:
             await asyncio.gather(task, return_exceptions=True)
 
     async def _watch(self, path: str, query: dict[str, str], seen: Seen) -> None:
+        """Follow until cancelled; the API server closes the watches of slow readers on a machine that is too busy."""
         try:
-            await self._follow(path, query, seen)
-            raise RuntimeError(f"The API server ended the watch of {path}.")
+            while True:
+                query["resourceVersion"] = await self._follow(path, query, seen)
         except Exception as error:
             seen.error = error
             seen.news.set()
 
-    async def _follow(self, path: str, query: dict[str, str], seen: Seen) -> None:
+    async def _follow(self, path: str, query: dict[str, str], seen: Seen) -> str:
+        """One connection's events; the resource version to go on from."""
+        version = query["resourceVersion"]
         async with self._session.get(
             self._url + path, params=query, headers={"Accept": _METADATA_ONLY}, read_bufsize=2**22
         ) as response:
             response.raise_for_status()
             async for line in response.content:
                 event = json.loads(line)
+                if event["type"] == "ERROR":
+                    raise RuntimeError(f"The watch of {path} was refused: {event['object']}.")
+                metadata = event["object"]["metadata"]
+                version = metadata["resourceVersion"]
                 if event["type"] == "ADDED":
-                    seen.first.setdefault(event["object"]["metadata"]["name"], time.monotonic())
+                    seen.first.setdefault(metadata["name"], time.monotonic())
                     seen.news.set()
+        return version
 
 
 async def each(work: Iterable[Callable[[], Awaitable[T]]], at_once: int = AT_ONCE) -> list[T]:

@@ -48,7 +48,7 @@ def children(namespace: str, number: int, settings: OperatorSettings) -> tuple[P
     """Service and Job as the operator would apply them, without an owner: there is none."""
     resource = copy.deepcopy(manifest(namespace, number))
     resource["metadata"]["uid"] = f"00000000-0000-4000-8000-{number:012d}"
-    spec, plan = plan_of(resource, settings)
+    spec, plan = plan_of(resource, settings, is_new=True)
     made = build_children(resource, spec, plan, settings)
     for item in (made.service, made.job):
         del item["metadata"]["ownerReferences"]
