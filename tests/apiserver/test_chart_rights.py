@@ -78,20 +78,22 @@ def expired(life: Life) -> None:
 
 
 def lost(life: Life) -> None:
-    """A pod on a node whose power is cut is deleted and nobody confirms it: the operator deletes it by force."""
+    """A pod on a node whose power is cut is deleted and nobody confirms it: the operator sees to its replacement."""
     with life.kubelet.running():
         life.kubelet.page = lambda index: life.page(index)
         life.kube.create(job())
         life.until_pods_run()
         life.train("gang-1", 5)
         life.until_attempts(1, ended=0)
-        pod = life.kubelet.pod(1)["metadata"]["name"]
-    life.kube.delete("Pod", pod, grace_seconds=1)
+        pod = life.kubelet.pod(1)["metadata"]
+    life.kube.delete("Pod", pod["name"], grace_seconds=1)
 
-    def asked() -> set[Use]:
-        return {use for use, _, target in audited(life.kube.server, life.kube.namespace) if target == pod}
+    def replaced() -> bool:
+        pods = [other["metadata"] for other in life.kube.list("Pod")]
+        indices = [(entry["labels"]["batch.kubernetes.io/job-completion-index"], entry["uid"]) for entry in pods]
+        return ("1", pod["uid"]) not in indices and "1" in dict(indices)
 
-    wait(lambda: ("delete", "core/pods") in asked(), "the lost pod is deleted by force", FORCE_AFTER_SECONDS + 20)
+    wait(replaced, "the Job replaces the pod of the lost node", FORCE_AFTER_SECONDS + 40)
 
 
 PLAYS = {**{name: play for name, play in LIVES.items() if name != "mistaken"}, "expired": expired}

@@ -21,6 +21,9 @@ Server-side apply of a new object needs `create` and `patch`.
   resources: [pods]
   verbs: [list, delete]
 - apiGroups: [""]
+  resources: [pods/status] # a pod on a lost node has failed: else its Job would wait for the node
+  verbs: [patch]
+- apiGroups: [""]
   resources: [events] # why a Job cannot make pods: quota, admission
   verbs: [list]
 - apiGroups: [events.k8s.io]
