@@ -1,5 +1,7 @@
 # Everything in one place: `make demo` and `make test` set themselves up on a machine with Python >= 3.11.
 #   make demo      the main job on real input (about 5 minutes on 2 cores after installation)
+#   make demo-cluster  the same on Kubernetes: installed by Helm, two nodes (a cluster of its own, or KUBECONFIG=...)
+#   make cluster   a real Kubernetes on this machine, without Docker               make cluster-down
 #   make test      all tests         make lint    style, types, import rules      make verify  generated files are fresh
 #   make generate  CRD, schema, docs make bench   beside TRL's SFTTrainer         make lock    requirements/*.txt
 PYTHON ?= python3
@@ -15,14 +17,19 @@ SOURCES := api storage trainer operator client deploy tests examples bench
 export PYTHONUNBUFFERED := 1
 export UV_PYTHON_DOWNLOADS := never
 
-.PHONY: cluster cluster-down demo test lint verify generate deploy-manifests bench lock install clean
+.PHONY: cluster cluster-down cluster-setup images demo demo-cluster test lint verify generate deploy-manifests bench lock install clean
 .DEFAULT_GOAL := test
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo/run.py
 
+demo-cluster: $(INSTALLED)
+	$(BIN)/python examples/demo/on_cluster.py
+
+# The cluster tests run alone: they start real nodes, and switch them off.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/unit tests/training tests/apiserver $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/cluster $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check $(SOURCES)
@@ -45,6 +52,12 @@ cluster: # a real Kubernetes on this machine; docs/local-cluster.md
 
 cluster-down:
 	@$(PYTHON) -m deploy.local.cluster down
+
+cluster-setup: # packages and tools of the local cluster; about 13 minutes of compiling on a bare machine, then nothing
+	@$(PYTHON) -m deploy.local.cluster setup
+
+images: $(INSTALLED) # operator and trainer for the local cluster; about 5 minutes on a bare machine, then what changed
+	$(BIN)/python -m deploy.local.cluster.images build
 
 bench: $(BENCH_INSTALLED)
 	$(BIN)/python -m bench
