@@ -64,6 +64,7 @@ def test_the_operator_may_do_exactly_this() -> None:
         "core/services": ["create", "patch"],
         "core/configmaps": ["create", "patch"],
         "core/pods": ["list", "delete"],
+        "core/pods/status": ["patch"],
         "core/events": ["list"],
         "events.k8s.io/events": ["create"],
     }
