@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import secrets
 import socket
+import stat
+import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -23,6 +27,7 @@ from finetune_api.trainer_config import Rendezvous
 from finetune_trainer.rank_environment import host_of, own_address, port_of
 
 _READ_TIMEOUT_SECONDS = 60
+SILENCE_SECONDS = 30  # a store that acknowledges nothing for so long is lost with its machine
 
 
 class RendezvousFailedError(FineTuneError):
@@ -67,7 +72,7 @@ def join(rendezvous: Rendezvous, node_rank: int, run_id: str) -> RendezvousHandl
         read_timeout=str(_READ_TIMEOUT_SECONDS),
     )
     try:
-        return get_rendezvous_handler(parameters)
+        handler = get_rendezvous_handler(parameters)
     except RendezvousConnectionError as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         doing = "host" if node_rank == 0 else "reach"
@@ -75,6 +80,35 @@ def join(rendezvous: Rendezvous, node_rank: int, run_id: str) -> RendezvousHandl
             f"node {node_rank} could not {doing} the rendezvous store at {rendezvous.endpoint}: {reason}",
             "see whether the port is free and the address belongs to node 0",
         ) from error
+    bound_silence(port_of(rendezvous.endpoint))
+    return handler
+
+
+def bound_silence(port: int) -> int:
+    """Let requests to stores at ``port`` of other machines fail after SILENCE_SECONDS. Returns how many connections.
+
+    torch waits for most answers of its store without a limit: one whose machine lost power says nothing, and the kernel
+    gives up after a quarter of an hour. torch keeps its sockets to itself, so they are found by what they are.
+    """
+    if sys.platform != "linux":
+        return 0
+    bounded = 0
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # closed meanwhile, or listens and has no peer
+            if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                continue
+            with socket.socket(fileno=os.dup(int(name))) as connection:
+                if connection.family in {socket.AF_INET, socket.AF_INET6} and connection.getpeername()[1] == port:
+                    _bound(connection)
+                    bounded += 1
+    return bounded
+
+
+def _bound(connection: socket.socket) -> None:
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENCE_SECONDS * 1000)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # the answer may be lost and not the request
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, SILENCE_SECONDS // 3)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, SILENCE_SECONDS // 6)
 
 
 class AttemptStore:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -206,3 +208,32 @@ def test_every_launcher_remembers_a_restart_in_place_by_the_same_word(tmp_path: 
     for node in (first, second):
         node.signal(signal.SIGTERM)
     assert (first.wait(), second.wait()) == (143, 143)
+
+
+POWER_CUT = """
+import subprocess, sys, time
+from datetime import timedelta
+from torch.distributed import DistError, TCPStore
+from finetune_trainer import rendezvous
+
+subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+rendezvous.SILENCE_SECONDS = 6
+host = TCPStore("127.0.0.1", 29400, is_master=True, wait_for_workers=False)
+client = TCPStore("127.0.0.1", 29400, is_master=False)
+assert rendezvous.bound_silence(29400) == 2  # the host is a client of its own
+subprocess.run(["ip", "link", "set", "lo", "down"], check=True)
+started = time.monotonic()
+try:
+    client.check(["failure"])
+except DistError as error:
+    print(f"{type(error).__name__} after {time.monotonic() - started:.0f} s", flush=True)
+"""
+
+
+def test_a_store_whose_machine_says_nothing_any_more_is_lost_within_the_limit() -> None:
+    """In a network of its own, whose only link goes down: no FIN, no RST. torch itself would wait 15 minutes."""
+    command = ["unshare", "--user", "--map-root-user", "--net", sys.executable, "-c", POWER_CUT]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+    kind, _, seconds = done.stdout.partition(" after ")
+    assert kind == "DistNetworkError", done.stderr
+    assert 5 <= int(seconds.split()[0]) <= 20
