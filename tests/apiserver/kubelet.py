@@ -75,6 +75,7 @@ class Kubelet:
     def __init__(self, kube: Kube) -> None:
         self.kube = kube
         self.schedules = True  # False: pods stay unschedulable
+        self.removes = True  # False: pods that were deleted and have ended can still be read
         self.page: Callable[[int], Progress | None] = lambda index: None
         self.last_words: Callable[[int], Termination] = lambda index: Termination(
             exit_class=ExitClass.INTERRUPTED, exit_code=ExitClass.INTERRUPTED.code, message="stopped by SIGTERM"
@@ -160,7 +161,7 @@ class Kubelet:
             if phase in {"Pending", "Running"}:
                 words = self.last_words(index_of(pod))
                 self._end(pod, words, "Error" if words.exit_code else "Completed")
-            elif metadata.get("deletionGracePeriodSeconds") != 0:
+            elif self.removes and metadata.get("deletionGracePeriodSeconds") != 0:
                 self.kube.delete("Pod", metadata["name"], grace_seconds=0)
         elif phase == "Pending" and not self.schedules:
             self._refuse(pod)
