@@ -41,7 +41,7 @@ def run_attempts(launcher: Launcher, command: Sequence[str], logs: Path) -> Outc
     with launcher.stop.interruptible():
         if launcher.node_rank != 0:
             wait_for_endpoint(rendezvous, launcher.node_rank, tick=lambda: None)
-        handler = join(rendezvous, launcher.node_rank, config.job.uid)
+        handler = join(rendezvous, launcher.node_rank, config.job.uid, config.collective_timeout_seconds)
     settings = AgentSettings(
         command=command,
         environment=rank_environment(

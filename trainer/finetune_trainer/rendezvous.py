@@ -27,7 +27,7 @@ from finetune_api.trainer_config import Rendezvous
 from finetune_trainer.rank_environment import host_of, own_address, port_of
 
 _READ_TIMEOUT_SECONDS = 60
-SILENCE_SECONDS = 30  # a store that acknowledges nothing for so long is lost with its machine
+LONGEST_SILENCE_SECONDS = 120  # a store that acknowledges nothing for so long is lost with its machine
 
 
 class RendezvousFailedError(FineTuneError):
@@ -58,8 +58,8 @@ def wait_for_endpoint(rendezvous: Rendezvous, node_rank: int, tick: Callable[[],
         time.sleep(0.5)
 
 
-def join(rendezvous: Rendezvous, node_rank: int, run_id: str) -> RendezvousHandler:
-    """Host the store (node rank 0) or connect to it."""
+def join(rendezvous: Rendezvous, node_rank: int, run_id: str, collective_timeout_seconds: int) -> RendezvousHandler:
+    """Host the store (node rank 0) or connect to it. The launchers' patience with silence is not above the ranks'."""
     parameters = RendezvousParameters(
         backend="c10d",
         endpoint=rendezvous.endpoint,
@@ -80,12 +80,12 @@ def join(rendezvous: Rendezvous, node_rank: int, run_id: str) -> RendezvousHandl
             f"node {node_rank} could not {doing} the rendezvous store at {rendezvous.endpoint}: {reason}",
             "see whether the port is free and the address belongs to node 0",
         ) from error
-    bound_silence(port_of(rendezvous.endpoint))
+    bound_silence(port_of(rendezvous.endpoint), min(LONGEST_SILENCE_SECONDS, collective_timeout_seconds))
     return handler
 
 
-def bound_silence(port: int) -> int:
-    """Let requests to stores at ``port`` of other machines fail after SILENCE_SECONDS. Returns how many connections.
+def bound_silence(port: int, seconds: int) -> int:
+    """Let requests to stores at ``port`` of silent machines fail after ``seconds``. Returns how many connections.
 
     torch waits for most answers of its store without a limit: one whose machine lost power says nothing, and the kernel
     gives up after a quarter of an hour. torch keeps its sockets to itself, so they are found by what they are.
@@ -99,16 +99,16 @@ def bound_silence(port: int) -> int:
                 continue
             with socket.socket(fileno=os.dup(int(name))) as connection:
                 if connection.family in {socket.AF_INET, socket.AF_INET6} and connection.getpeername()[1] == port:
-                    _bound(connection)
+                    _bound(connection, seconds)
                     bounded += 1
     return bounded
 
 
-def _bound(connection: socket.socket) -> None:
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENCE_SECONDS * 1000)
+def _bound(connection: socket.socket, seconds: int) -> None:
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, seconds * 1000)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # the answer may be lost and not the request
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, SILENCE_SECONDS // 3)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, SILENCE_SECONDS // 6)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, seconds // 3))
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, seconds // 6))
 
 
 class AttemptStore:
