@@ -8,8 +8,9 @@ from datetime import datetime
 from typing import Any
 
 from finetune_operator.derive import is_settled, wants_pods
-from finetune_operator.observe import JobView
+from finetune_operator.observe import JobView, parse_time
 from finetune_operator.settings import OperatorSettings
+from finetune_operator.situation import run_policy
 
 CALM_LOOKS_PER_SECOND = 20.0
 """Of all jobs together. Each costs a LIST, a page per pod and a status: many live jobs are looked at less often."""
@@ -61,3 +62,27 @@ def seconds_until_next_look(state: str | None, wanted_seconds: float | None, liv
         return wanted_seconds
     others = starting if state in {"Pending", "Starting"} else live
     return max(wanted_seconds, others / CALM_LOOKS_PER_SECOND)
+
+
+def seconds_too_early(
+    resource: Mapping[str, Any], job: JobView | None, now: datetime, live: int, starting: int
+) -> float:
+    """How long a job that goes its usual way can do without a look; 0: look at it now.
+
+    Asking a thousand jobs what they wait for, or how far they are, would only make all of them wait longer.
+    """
+    if job is None or "deletionTimestamp" in resource["metadata"]:
+        return 0.0
+    if is_calm(resource, job):
+        return max(0.0, (live + 2 * starting) / CALM_LOOKS_PER_SECOND - _silence(resource["status"], job, now))
+    begins = not resource.get("status", {}).get("conditions") and job.ready < job.nodes
+    if not begins or job.failed or job.terminating or is_over(job) or run_policy(resource).get("suspend"):
+        return 0.0
+    return max(0.0, starting / CALM_LOOKS_PER_SECOND - (now - job.created).total_seconds())
+
+
+def _silence(status: Mapping[str, Any], job: JobView, now: datetime) -> float:
+    """Seconds since a page of progress was written, or since the attempt began."""
+    attempts = status.get("attempts") or [{}]
+    said = status.get("progress", {}).get("updatedAt") or attempts[-1].get("startedAt")
+    return (now - (parse_time(said) or job.created)).total_seconds()

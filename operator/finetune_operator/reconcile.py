@@ -25,7 +25,7 @@ from finetune_operator.events import tell
 from finetune_operator.gather import Gatherer
 from finetune_operator.kube import FIELD_MANAGER, FINETUNEJOBS, JOBS, PODS, PROGRESS_MANAGER, Kube
 from finetune_operator.logs import log_of
-from finetune_operator.looks import is_over, seconds_until_next_look
+from finetune_operator.looks import is_over, seconds_too_early, seconds_until_next_look
 from finetune_operator.metrics import JOB_SECONDS, RECONCILE_SECONDS, RESTARTS, STATUS_WRITES
 from finetune_operator.observe import JobView, Observed
 from finetune_operator.policy import policy_problems
@@ -64,8 +64,11 @@ class Reconciler:
         if entry.resource["spec"].get("managedBy", MANAGER) != MANAGER:
             return None
         look_again = None
+        job = self.store.job_of(key)
+        if early := seconds_too_early(entry.resource, job, datetime.now(UTC), self.store.live, self.store.starting):
+            return early
         if not is_settled(entry.resource):
-            verdict = await self._judge(key, entry, await self.gatherer.gather(entry, self.store.job_of(key)))
+            verdict = await self._judge(key, entry, await self.gatherer.gather(entry, job))
             await self._write(entry, verdict)
             await self._obey(key, entry, verdict)
             look_again = seconds_until_next_look(
