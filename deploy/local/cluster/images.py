@@ -18,7 +18,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +66,8 @@ IMAGES = {
 def build(targets: Sequence[str] = tuple(IMAGES), tree: Path = REPOSITORY) -> dict[str, str]:
     """Build what changed, import it into the golden store, and return image name by target.
 
+    The images of this repository become the `current` ones; those of another ``tree`` do not.
+
     Raises:
         ClusterError: a package of this machine is missing or a build failed; the text says which.
     """
@@ -86,9 +88,8 @@ def build(targets: Sequence[str] = tuple(IMAGES), tree: Path = REPOSITORY) -> di
         if stale and Layout.recorded() is None:  # nodes of a cluster use the golden store's layers in place
             _forget_old(built)
         _write("built.json", built)
-        current = {**_read("tags.json"), **wanted}
-        if current != _read("tags.json"):
-            _write("tags.json", current)
+        if tree == REPOSITORY:
+            _write("tags.json", {**_read("tags.json"), **wanted})
     return {target: IMAGES[target].name(wanted[target]) for target in targets}
 
 
@@ -104,14 +105,14 @@ def current() -> dict[str, str]:
     return {target: IMAGES[target].name(value) for target, value in tags.items()}
 
 
-def load(layout: Layout) -> None:
-    """Import the current images into every running node; only the layers that a node lacks move.
+def load(layout: Layout, names: Collection[str] = ()) -> None:
+    """Import built images (none named: the current ones) into every running node; only what a node lacks moves.
 
     Raises:
         ClusterError: nothing was built, or a node is off.
     """
     with stores.locked():
-        for name in current().values():
+        for name in names or current().values():
             for node in layout.nodes:
                 with _step(f"{name} into {node.name}"):
                     golden_store.import_image(layout.containerd_socket(node), name)
@@ -229,10 +230,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.action == "build":
             if unknown := sorted(set(options.targets) - set(IMAGES)):
                 raise ClusterError(f"There is no image {unknown[0]!r}; there are {' and '.join(IMAGES)}.")
-            print("\n".join(build(options.targets or tuple(IMAGES)).values()))
+            names = build(options.targets or tuple(IMAGES)).values()
+            print("\n".join(names))
+            if options.load:
+                load(cluster.require_running(), names)
         if options.action == "list":
             print("\n".join(current().values()))
-        if options.action == "load" or getattr(options, "load", False):
+        if options.action == "load":
             load(cluster.require_running())
         if options.action == "clean":
             clean()
