@@ -75,6 +75,7 @@ class TrainerAgent(SimpleElasticAgent):
             monitor_interval=0.1,
         )
         super().__init__(spec)
+        self._remaining_restarts: int = spec.max_restarts  # torchrun's own; named here because we change it
         self.settings = settings
         self.status = status
         self.stop = stop

@@ -76,7 +76,7 @@ def test_a_complete_listing_removes_ghosts_but_not_what_came_while_it_was_made()
     store.saw_job(_job(8, uid="newborn-job", name="newborn"))
     changed = store.replace(before, [_resource(5, uid="u1")], [_job(7)])
     assert changed == {("team", "ghost"), KEY}
-    assert sorted(key[1] for key in store.keys()) == ["a", "newborn"]
+    assert sorted(name for _, name in list(store.keys())) == ["a", "newborn"]
     assert store.job_of(("team", "ghost")) is None
     assert store.job_of(("team", "newborn")) is not None
     assert store.job_of(KEY) is not None
