@@ -20,6 +20,7 @@ METRICS_PORT = 9464
 _PULLS_AT_ONCE = 64
 _MAXIMUM_PAGE_BYTES = 4 * 1024 * 1024
 _COMPLAINTS = 5
+_STUCK_PODS_ASKED = 2  # the others of a gang wait for the same thing
 
 
 class Gatherer:
@@ -54,9 +55,11 @@ class Gatherer:
     async def _complaints(self, resource: Object, pods: tuple[PodView, ...]) -> tuple[str, ...]:
         """Why pods cannot be made (quota, admission) or cannot start (volumes), in the words of who knows."""
         metadata = resource["metadata"]
-        about = {f"ftj-{metadata['name']}", *(pod.name for pod in pods if not pod.ended)}
-        events = await self._kube.list(CORE_EVENTS, metadata["namespace"], field_selector="type=Warning")
-        events = [event for event in events if event.get("involvedObject", {}).get("name") in about]
+        stuck = [pod.name for pod in pods if not pod.ended and pod.node and pod.started is None]
+        events = []
+        for name in (f"ftj-{metadata['name']}", *stuck[:_STUCK_PODS_ASKED]):
+            selector = f"type=Warning,involvedObject.name={name}"
+            events += await self._kube.list(CORE_EVENTS, metadata["namespace"], field_selector=selector)
         events.sort(key=lambda event: event.get("lastTimestamp") or event.get("eventTime") or "", reverse=True)
         return tuple(dict.fromkeys(event.get("message", "") for event in events))[:_COMPLAINTS]
 

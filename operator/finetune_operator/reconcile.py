@@ -123,6 +123,8 @@ class Reconciler:
             manager = PROGRESS_MANAGER if changed.keys() <= _PROGRESS_FIELDS else FIELD_MANAGER
             written = await self.kube.merge(FINETUNEJOBS, entry.resource, {"status": changed}, "status", manager)
             STATUS_WRITES.inc()
+            if after.get("state") != before.get("state"):
+                log_of(entry.resource).info("%s: %s", after.get("state"), after.get("message"))
             self.store.saw_resource(written)
             _count(entry.resource, before, after)
         await tell(self.kube, entry.resource, verdict.events)
@@ -147,10 +149,10 @@ class Reconciler:
 
     async def _settle(self, key: Key, entry: Entry) -> float | None:
         """The job has ended: nothing of it may still run; forget all but its name."""
-        await self._stop_job(key)
-        status, now = entry.resource.get("status", {}), datetime.now(UTC)
+        now = datetime.now(UTC)
+        if entry.resource["status"].get("state") != "Invalid":  # a spec that became invalid while it ran runs on
+            await self._stop_job(key)
         left = seconds_to_live(entry.resource, now)
-        log_of(entry.resource).info("%s: %s", status.get("state"), status.get("message"))
         self.store.settle(key, None if left is None else now + timedelta(seconds=left))
         return None if left is None else max(0.0, left)
 
