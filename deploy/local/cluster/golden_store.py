@@ -56,7 +56,7 @@ def containerd() -> Iterator[Path]:
         daemon = subprocess.Popen([program("containerd"), "--config", config], stdout=output, stderr=output)
     try:
         deadline = time.monotonic() + _START_SECONDS
-        while not _answers(socket):
+        while not answers(socket):
             if daemon.poll() is not None or time.monotonic() > deadline:
                 tail = log.read_text(errors="replace")[-1500:]
                 raise ClusterError(f"containerd does not start over {stores.golden()}. The end of its log:\n{tail}")
@@ -66,6 +66,12 @@ def containerd() -> Iterator[Path]:
         daemon.terminate()
         daemon.wait(timeout=30)
     shutil.rmtree(_work())
+
+
+def answers(socket: Path) -> bool:
+    """Whether a containerd serves there."""
+    command = [str(program("ctr")), "--address", str(socket), "version"]
+    return socket.exists() and subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def import_pause(socket: Path) -> None:
@@ -109,11 +115,6 @@ def remove_images(socket: Path, names: list[str]) -> None:
 
 def _work() -> Path:
     return builder.directory() / "golden-containerd"
-
-
-def _answers(socket: Path) -> bool:
-    command = [str(program("ctr")), "--address", str(socket), "version"]
-    return socket.exists() and subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def _ctr(socket: Path, *arguments: str) -> str:

@@ -114,8 +114,14 @@ def load(layout: Layout, names: Collection[str] = ()) -> None:
     with stores.locked():
         for name in names or current().values():
             for node in layout.nodes:
+                socket = layout.containerd_socket(node)
+                if not golden_store.answers(socket):
+                    raise ClusterError(
+                        f"Node {node.name} is off or its containerd is dead; "
+                        f"`python -m deploy.local.cluster node boot {node.name}` starts it, then load the images again."
+                    )
                 with _step(f"{name} into {node.name}"):
-                    golden_store.import_image(layout.containerd_socket(node), name)
+                    golden_store.import_image(socket, name)
 
 
 def clean() -> None:
