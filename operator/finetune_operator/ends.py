@@ -82,8 +82,8 @@ def ends(observed: Observed) -> list[End]:
 
 
 def gone(observed: Observed, uids: frozenset[str]) -> Iterator[End]:
-    """Pods of ``uids`` that are no longer there."""
-    if observed.pods is None or observed.job is None:
+    """Pods of ``uids`` that are no longer there. Of a complete job they had succeeded: nothing is concluded."""
+    if observed.pods is None or observed.job is None or observed.job.complete:
         return
     present = {short_uid(pod.uid) for pod in observed.pods}
     for uid in sorted(uids - present):

@@ -298,6 +298,7 @@ def test_a_complete_job_whose_pods_are_gone_says_that_the_digest_is_unknown() ->
         "LastWordLost",
         f"the pod of rank 0 is gone; its digest stands in {URI}manifest.json",
     )
+    assert life.attempts("cause", "message") == [("Completed", "training finished")]
     assert "artifacts" not in life.status
 
 
