@@ -124,7 +124,7 @@ def a_cluster() -> Iterator[Place]:
     names = images.build()
     layout = ran or local.up(2)
     try:
-        images.load(layout)
+        images.load(layout, names.values())
         storage = dict(server(layout).environment)
         yield Place(str(layout.kubeconfig), names, storage, BUCKET, f"http://{PROMETHEUS}")
     finally:

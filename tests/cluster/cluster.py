@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
-from deploy.local.cluster import cgroups, cluster, machine, node, object_storage, stores, tools
+from deploy.local.cluster import cgroups, cluster, images, machine, node, object_storage, stores, tools
 from deploy.local.cluster.layout import PROMETHEUS, ClusterError, Layout, tools_cache
 from deploy.local.s3.server import S3Server
 
@@ -222,6 +222,8 @@ def shared_cluster() -> Iterator[LocalCluster]:
             fcntl.flock(start, fcntl.LOCK_EX)
             ran = cluster.current()
             before = machine_state()
+            if ran is None:
+                images.build()  # before the nodes: they share the golden store instead of getting gigabytes each
             layout = ran or cluster.up(2)
             if ran is None:
                 _mark(layout).write_text(json.dumps(before), encoding="utf-8")

@@ -57,7 +57,7 @@ def install(cluster: LocalCluster, *, values: dict[str, Any] | None = None, upgr
         mark = cluster.layout.state / "installed-by-tests"
         if RELEASE in installed and not (upgrade and values) and mark.exists() and mark.read_text() == wanted:
             return
-        images.load(cluster.layout)
+        images.load(cluster.layout, names.values())
         text = json.dumps(_values(names) | (values or {}))
         file = cluster.layout.state / "test-values.json"
         file.write_text(text)
