@@ -112,7 +112,7 @@ class _Book:
         return next((at for at in reversed(range(len(self.entries))) if matches(self.entries[at])), None)
 
     def _merged(self, entry: StatusAttempt, end: End) -> StatusAttempt:
-        """The guilty end names the entry; the first end dates it; steps are filled in by whoever knows them."""
+        """The guilty end names the entry, best if it knows the pod; the first end dates it; all may fill in steps."""
         update: dict[str, object] = {"gang": entry.gang or end.gang or None}
         ended_at = parse_time(entry.ended_at)
         started_at = parse_time(entry.started_at)
@@ -120,7 +120,9 @@ class _Book:
             update["started_at"] = time_text(end.started_at)
         if ended_at is None or end.ended_at < ended_at:
             update["ended_at"] = time_text(end.ended_at)
-        if entry.cause is None or policy(end.cause).blame < policy(entry.cause).blame:
+        blame, known = policy(end.cause).blame, policy(entry.cause).blame if entry.cause else None
+        same_and_where = end.cause == entry.cause and bool(end.pod) and not entry.pod
+        if known is None or blame < known or same_and_where:
             update |= {
                 "cause": end.cause,
                 "exit_code": end.exit_code,

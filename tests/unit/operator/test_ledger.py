@@ -87,6 +87,20 @@ def test_the_guilty_end_names_the_attempt_whoever_speaks_first(order: str) -> No
     assert len([line for line in life.told if line.startswith("Restarting")]) == 1
 
 
+@pytest.mark.parametrize("finished", [10, 12])
+def test_of_two_equal_ends_the_one_that_knows_the_pod_names_the_attempt(finished: int) -> None:
+    """The launcher says what ended its ranks, and its pod ends of the same cause a moment before or after."""
+    life = Life()
+    life.run()
+    ended = (over("g1", ExitClass.INVALID_DATA, 11, "the data set cannot be trained on"),)
+    word = said(ExitClass.INVALID_DATA, "line 3 is not JSON", hint="mend it", gang="g1", ended=ended)
+    failed = dead(pod(0), finished, word.exit_code, word)
+    life.look(13, job(ready=1, failed=1), [failed, pod(1)], [page(1, step=4)])
+    assert life.attempts("cause", "pod", "node", "message") == [
+        ("InvalidData", failed.name, "n1", "line 3 is not JSON (mend it)")
+    ]
+
+
 def test_a_deleted_pod_that_vanished_between_two_looks_is_missed() -> None:
     life = Life()
     life.run()
