@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,6 +19,9 @@ from finetune_trainer.data import DEFAULT_CHAT_TEMPLATE, PreparedData
 from finetune_trainer.loading import LoadedModel
 from finetune_trainer.tuners.base import is_packed
 from finetune_trainer.worker_config import WorkerConfig
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 _SHARD_BYTES = 5 * 10**9
 _COMPANIONS = (
@@ -61,10 +65,17 @@ def _adapter(_config: WorkerConfig, loaded: LoadedModel, checkpoint: CheckpointR
         directory / "adapter_model.safetensors",
         metadata={"format": "pt"},
     )
-    adapter_config = peft_model.peft_config["default"]
-    adapter_config.inference_mode = True
-    adapter_config.save_pretrained(directory)
-    adapter_config.inference_mode = False
+    as_published(peft_model.peft_config["default"]).save_pretrained(directory)
+
+
+def as_published(adapter_config: PeftConfig) -> PeftConfig:
+    """A copy for inference with sets in order: PEFT writes them as they are hashed, differently in every process."""
+    published = copy.copy(adapter_config)
+    published.inference_mode = True
+    for name, value in vars(adapter_config).items():
+        if isinstance(value, set):
+            setattr(published, name, sorted(value))
+    return published
 
 
 def _full_model(config: WorkerConfig, loaded: LoadedModel, checkpoint: CheckpointReader, directory: Path) -> None:
