@@ -70,7 +70,7 @@ class Restart:
     ready_seconds: float
     served_seconds: float  # from the start of the process until the new job's Job exists
     requests: dict[str, int]
-    writes_to_old_jobs: int  # and to their children, within the next seconds
+    writes_to_old_jobs: int  # and to their children, within the next seconds; pages of progress are not counted
 
 
 async def floor(plane: Plane, namespace: str, jobs: int) -> Rollout:
@@ -135,7 +135,7 @@ async def restart(plane: Plane, operator: OperatorProcess, namespace: str, live:
         served = await waiting - operator.started
         await asyncio.sleep(settle_seconds)
     found = [one for one in operator.requests(begun) if not one.is_lease]
-    old = [one for one in found if one.writes and name not in one.name and one.resource != "events"]
+    old = [one for one in found if one.writes and name not in one.name and not one.is_progress]
     return Restart(live, stopped, ready, served, tally(iter(found)), len(old))
 
 

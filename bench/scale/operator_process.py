@@ -19,6 +19,7 @@ import psutil
 from tests.apiserver.server import _die_with_parent
 
 from bench.scale.plane import OPERATOR, OPERATOR_NAMESPACE, Plane
+from finetune_operator.kube import PROGRESS_MANAGER
 
 _METRICS_PORT, _HEALTH_PORT = 18080, 18081  # of the measurement's own network namespace
 _WRITES = frozenset({"create", "update", "patch", "delete", "deletecollection"})
@@ -40,6 +41,12 @@ class Request:
     resource: str  # with the subresource: finetunejobs/status
     name: str
     code: int
+    uri: str
+
+    @property
+    def is_progress(self) -> bool:
+        """A page of progress and nothing else: news of a job that runs."""
+        return f"fieldManager={PROGRESS_MANAGER}" in self.uri
 
     @property
     def writes(self) -> bool:
@@ -123,7 +130,7 @@ class OperatorProcess:
                 resource = "/".join(filter(None, (reference.get("resource"), reference.get("subresource"))))
                 code = event.get("responseStatus", {}).get("code", 0)
                 received = event["requestReceivedTimestamp"]
-                yield Request(received, event["verb"], resource, reference.get("name", ""), code)
+                yield Request(received, event["verb"], resource, reference.get("name", ""), code, event["requestURI"])
 
     def _page(self, path: str, port: int) -> str:
         try:

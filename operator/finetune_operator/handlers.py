@@ -7,7 +7,7 @@ from typing import Any
 import kopf
 
 from finetune_operator.kube import FINETUNEJOBS, JOBS
-from finetune_operator.looks import CALM_LOOKS_PER_SECOND, is_calm
+from finetune_operator.looks import is_calm, seconds_after_listing
 from finetune_operator.metrics import WATCH_EVENTS
 from finetune_operator.store import Store, key_of
 from finetune_operator.workqueue import WorkQueue
@@ -23,16 +23,11 @@ def build_registry(store: Store, queue: WorkQueue) -> kopf.OperatorRegistry:
     def login(**keywords: Any) -> kopf.ConnectionInfo | None:
         return kopf.login_with_service_account(**keywords) or kopf.login_with_kubeconfig(**keywords)
 
-    # An index makes kopf hold back all events until every Job was listed: no job is taken for new after a restart.
-    @kopf.index(JOBS.group, JOBS.version, JOBS.plural, registry=registry, labels=MANAGED)
-    async def job_seen(body: kopf.Body, **_: Any) -> None:  # async: kopf runs plain functions in threads
-        WATCH_EVENTS.labels(resource=JOBS.plural).inc()
-        if key := store.saw_job(dict(body)):
-            queue.add(key)
-
     @kopf.on.event(JOBS.group, JOBS.version, JOBS.plural, registry=registry, labels=MANAGED)
-    async def job_deleted(event: kopf.RawEvent, **_: Any) -> None:
-        if event["type"] == "DELETED" and (key := store.forget_job(event["object"])):
+    async def job_changed(event: kopf.RawEvent, **_: Any) -> None:  # async: kopf runs plain functions in threads
+        WATCH_EVENTS.labels(resource=JOBS.plural).inc()
+        deleted = event["type"] == "DELETED"
+        if key := (store.forget_job if deleted else store.saw_job)(event["object"]):
             queue.add(key)
 
     @kopf.on.event(FINETUNEJOBS.group, FINETUNEJOBS.version, FINETUNEJOBS.plural, registry=registry)
@@ -46,7 +41,7 @@ def build_registry(store: Store, queue: WorkQueue) -> kopf.OperatorRegistry:
         elif store.saw_resource(resource):
             job = store.job_of(key)
             if event["type"] is None and is_calm(resource, job):  # listed after a start: no hurry, and not all at once
-                queue.add(key, store.live / CALM_LOOKS_PER_SECOND)
+                queue.add(key, seconds_after_listing(store.traffic))
             else:
                 queue.add(key, first=job is None)  # pods before words: no job waits for the statuses of others
 

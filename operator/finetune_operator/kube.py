@@ -110,11 +110,20 @@ class Kube:
             query["continue"] = token
 
     async def apply(self, manifest: Mapping[str, Any]) -> Object:
-        """Server-side apply: created, or brought back to what the manifest says, by our own field manager."""
+        """Server-side apply: brought back to what the manifest says (or created) by our own field manager."""
         kind, metadata = KINDS[manifest["kind"]], manifest["metadata"]
         query = {"fieldManager": FIELD_MANAGER, "force": "true"}
         path = kind.path(metadata["namespace"], metadata["name"])
         return await self._request("PATCH", kind, path, query, manifest, "application/apply-patch+yaml", "apply")
+
+    async def ensure(self, manifest: Mapping[str, Any]) -> Object:
+        """Created, or if it exists applied: a create costs the API server three fifths of an apply that creates."""
+        try:
+            return await self.create(KINDS[manifest["kind"]], manifest)
+        except ApiError as error:
+            if error.status != 409:
+                raise
+        return await self.apply(manifest)
 
     async def create(self, kind: Kind, manifest: Mapping[str, Any]) -> Object:
         query = {"fieldManager": FIELD_MANAGER}

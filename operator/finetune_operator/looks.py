@@ -11,9 +11,12 @@ from finetune_operator.derive import is_settled, wants_pods
 from finetune_operator.observe import JobView, parse_time
 from finetune_operator.settings import OperatorSettings
 from finetune_operator.situation import run_policy
+from finetune_operator.store import Traffic
 
-CALM_LOOKS_PER_SECOND = 20.0
+_LOOKS_PER_SECOND = 20.0
 """Of all jobs together. Each costs a LIST, a page per pod and a status: many live jobs are looked at less often."""
+_LOOKS_PER_SECOND_IN_A_RUSH = 4.0
+_ASK_AGAIN_SECONDS = 15.0  # a rush may be over by then
 _PATIENT = {"Pending", "Starting", "Running", "Publishing"}
 
 
@@ -53,32 +56,38 @@ def is_calm(resource: Mapping[str, Any], job: JobView | None) -> bool:
     return bool(resource["status"].get("observedGeneration") == resource["metadata"].get("generation"))
 
 
-def seconds_until_next_look(state: str | None, wanted_seconds: float | None, live: int, starting: int) -> float | None:
-    """What a job asks for; longer where so many are ``live`` (or ``starting``) that their looks would crowd out news.
+def seconds_until_next_look(state: str | None, wanted_seconds: float | None, traffic: Traffic) -> float | None:
+    """What a job asks for; longer where there are so many that their looks would crowd out news.
 
     Only looks that nothing has happened for: news are looked at when they come.
     """
     if wanted_seconds is None or state not in _PATIENT:
         return wanted_seconds
-    others = starting if state in {"Pending", "Starting"} else live
-    return max(wanted_seconds, others / CALM_LOOKS_PER_SECOND)
+    others = traffic.starting if state in {"Pending", "Starting"} else traffic.live
+    return max(wanted_seconds, others / _LOOKS_PER_SECOND)
 
 
-def seconds_too_early(
-    resource: Mapping[str, Any], job: JobView | None, now: datetime, live: int, starting: int
-) -> float:
+def seconds_after_listing(traffic: Traffic) -> float:
+    """How long a calm job that was listed after a start may wait: not all are looked at at once."""
+    return traffic.live / _LOOKS_PER_SECOND
+
+
+def seconds_too_early(resource: Mapping[str, Any], job: JobView | None, now: datetime, traffic: Traffic) -> float:
     """How long a job that goes its usual way can do without a look; 0: look at it now.
 
     Asking a thousand jobs what they wait for, or how far they are, would only make all of them wait longer.
     """
     if job is None or "deletionTimestamp" in resource["metadata"]:
         return 0.0
+    per_second = _LOOKS_PER_SECOND_IN_A_RUSH if traffic.rush else _LOOKS_PER_SECOND
     if is_calm(resource, job):
-        return max(0.0, (live + 2 * starting) / CALM_LOOKS_PER_SECOND - _silence(resource["status"], job, now))
+        early = (traffic.live + 2 * traffic.starting) / per_second - _silence(resource["status"], job, now)
+        return min(max(0.0, early), _ASK_AGAIN_SECONDS)
     begins = not resource.get("status", {}).get("conditions") and job.ready < job.nodes
     if not begins or job.failed or job.terminating or is_over(job) or run_policy(resource).get("suspend"):
         return 0.0
-    return max(0.0, starting / CALM_LOOKS_PER_SECOND - (now - job.created).total_seconds())
+    early = traffic.starting / per_second - (now - job.created).total_seconds()
+    return min(max(0.0, early), _ASK_AGAIN_SECONDS)
 
 
 def _silence(status: Mapping[str, Any], job: JobView, now: datetime) -> float:

@@ -65,15 +65,13 @@ class Reconciler:
             return None
         look_again = None
         job = self.store.job_of(key)
-        if early := seconds_too_early(entry.resource, job, datetime.now(UTC), self.store.live, self.store.starting):
+        if early := seconds_too_early(entry.resource, job, datetime.now(UTC), self.store.traffic):
             return early
         if not is_settled(entry.resource):
             verdict = await self._judge(key, entry, await self.gatherer.gather(entry, job))
             await self._write(entry, verdict)
             await self._obey(key, entry, verdict)
-            look_again = seconds_until_next_look(
-                verdict.status.state, verdict.look_again_seconds, self.store.live, self.store.starting
-            )
+            look_again = seconds_until_next_look(verdict.status.state, verdict.look_again_seconds, self.store.traffic)
         return await self._settle(key, entry) if is_settled(entry.resource) else look_again
 
     async def _judge(self, key: Key, entry: Entry, observed: Observed) -> Verdict:
@@ -94,8 +92,8 @@ class Reconciler:
         if job is None:
             children = build_children(entry.resource, spec, plan, self.settings)
             for manifest in children.manifests:
-                applied = await self.kube.apply(manifest)
-            self.store.saw_job(applied)
+                made = await self.kube.ensure(manifest)
+            self.store.saw_job(made)
             return _with_job(observed, self.store.job_of(key))
         if job.deleting:
             return observed

@@ -6,7 +6,8 @@ missed while it was broken (after a 410 nobody reports deletions).
 
 from __future__ import annotations
 
-from collections import Counter
+import time
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -20,7 +21,17 @@ from finetune_operator.workqueue import Key
 Object = Mapping[str, Any]
 _UNUSED_METADATA = ("managedFields",)
 _STARTING = {None, "", "Pending", "Starting"}
+_RUSH_SECONDS, _RUSH_STARTS = 10.0, 20
 _KEPT_WHEN_SETTLED = ("namespace", "name", "uid", "generation", "resourceVersion")
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """How busy the operator is."""
+
+    live: int  # jobs that have not ended
+    starting: int  # of them, jobs that have not run yet
+    rush: bool = False  # many are starting one after the other just now
 
 
 @dataclass
@@ -46,6 +57,7 @@ class Store:
         self._jobs: dict[Key, tuple[str, JobView]] = {}  # (resourceVersion, view)
         self._live: set[Key] = set()  # not settled
         self._starting: set[Key] = set()  # of those, what has not run yet
+        self._started: deque[float] = deque(maxlen=_RUSH_STARTS)  # time.monotonic() of the last jobs that came to run
 
     def get(self, key: Key) -> Entry | None:
         return self._entries.get(key)
@@ -58,14 +70,10 @@ class Store:
         return list(self._entries)
 
     @property
-    def live(self) -> int:
-        """How many jobs have not ended."""
-        return len(self._live)
-
-    @property
-    def starting(self) -> int:
-        """How many of them have not run yet."""
-        return len(self._starting)
+    def traffic(self) -> Traffic:
+        lately = time.monotonic() - _RUSH_SECONDS
+        rush = len(self._started) == _RUSH_STARTS and self._started[0] > lately
+        return Traffic(len(self._live), len(self._starting), rush)
 
     def states(self) -> Mapping[str, int]:
         """How many jobs are in which state."""
@@ -106,8 +114,11 @@ class Store:
 
     def _count(self, key: Key, resource: Object) -> None:
         self._live.add(key)
-        starts = resource.get("status", {}).get("state") in _STARTING
-        (self._starting.add if starts else self._starting.discard)(key)
+        if resource.get("status", {}).get("state") in _STARTING:
+            self._starting.add(key)
+        elif key in self._starting:
+            self._starting.remove(key)
+            self._started.append(time.monotonic())
 
     def _discount(self, key: Key) -> None:
         self._live.discard(key)

@@ -31,6 +31,7 @@ class WorkQueue:
         self._failures: dict[Key, int] = {}
         self._tickets = itertools.count()
         self._changed = asyncio.Event()
+        self._turn = asyncio.Lock()  # one waits for news, the others for their turn: an event wakes one, not all
 
     def add(self, key: Key, delay_seconds: float = 0.0, first: bool = False) -> None:
         """Look at ``key`` after ``delay_seconds`` at the latest. ``first``: now, before all others."""
@@ -46,15 +47,16 @@ class WorkQueue:
 
     async def get(self) -> Key:
         """The next job that is due and not being looked at. Call :meth:`done` afterwards."""
-        while True:
-            key, wait = self._pop()
-            if key is not None:
-                return key
-            self._changed.clear()
-            try:
-                await asyncio.wait_for(self._changed.wait(), wait)
-            except TimeoutError:
-                continue
+        async with self._turn:
+            while True:
+                key, wait = self._pop()
+                if key is not None:
+                    return key
+                self._changed.clear()
+                try:
+                    await asyncio.wait_for(self._changed.wait(), wait)
+                except TimeoutError:
+                    continue
 
     def done(self, key: Key) -> None:
         """The look at ``key`` is over; what was asked meanwhile comes next."""

@@ -427,6 +427,7 @@ def test_waiting_for_deletion_and_being_surprised_by_it(shell: Shell, kube: Kube
             "the FineTuneJob 'bot' was deleted before it was Complete\n",
             1,
         )
+    assert shell("wait", bot, "--for", "Deleted") == (0, "FineTuneJob 'bot' is Deleted\n", ""), "as kubectl wait"
 
 
 def test_a_wait_survives_410_errors_and_broken_connections(shell: Shell, kube: Kube, bot: str) -> None:

@@ -259,9 +259,9 @@ def test_four_requests_until_a_job_runs(there: Stage) -> None:
     counted = Counter(_word(one) for one in seen if one.is_write and one.resource != "events")
     waited = int("GET pods" in {_word(one) for one in seen})  # on a slow machine
     assert counted == {
-        "PATCH configmaps": 1,
-        "PATCH services": 1,
-        "PATCH jobs": 1,
+        "POST configmaps": 1,
+        "POST services": 1,
+        "POST jobs": 1,
         "PATCH finetunejobs/status": 1 + waited,
     }
 

@@ -1,7 +1,8 @@
 """Lives of jobs that the tests of security and of monitoring look at: lived once per run, kept as plain facts.
 
 ``whole`` trains, loses a pod whose node does not confirm it, is suspended, resumed, completes and is removed when its
-time to live is over. ``refused`` has credentials that the object store does not know. ``unclear`` is invalid.
+time to live is over. ``refused`` has credentials that the object store does not know. ``unclear`` is invalid. ``idle``
+is suspended from the beginning, and somebody deletes its Job.
 """
 
 from __future__ import annotations
@@ -158,6 +159,9 @@ def _play(shop: Workshop, lives: Lives) -> None:
     shop.submit(refused)
     shop.submit(shop.manifest("unclear", "LoRA", "DDP", model={"trustRemoteCode": True}))
     shop.wait("unclear", "Invalid", seconds=30)
+    shop.submit(shop.manifest("idle", "LoRA", "DDP", runPolicy={"suspend": True}))
+    shop.wait("idle", "Suspended", seconds=30)
+    _lose_job(shop, "idle")
 
     _until(shop, "does not train", lambda: shop.status("whole").get("progress", {}).get("step", 0) >= 5)
     lives.targets = ask("targets", state="active")["activeTargets"]
@@ -179,6 +183,18 @@ def _until(shop: Workshop, problem: str, condition: Callable[[], bool], seconds:
 def _resumed(shop: Workshop, name: str) -> bool:
     attempts = shop.status(name).get("attempts", [])
     return len(attempts) > 1 and "resumedFromStep" in attempts[-1] and "endedAt" not in attempts[-1]
+
+
+def _lose_job(shop: Workshop, name: str) -> None:
+    """Delete the Job of a job; the operator makes it again, and finds the other children there."""
+
+    def uid() -> str | None:
+        job = shop.cluster.get("job", f"ftj-{name}", shop.namespace)
+        return str(job["metadata"]["uid"]) if job else None
+
+    before = uid()
+    shop.cluster.kubectl("delete", "job", f"ftj-{name}", "-n", shop.namespace)
+    wait_for(lambda: uid() not in {None, before}, 30, f"the Job of {name} is not made again")
 
 
 def _lose_pod(shop: Workshop, name: str, index: int) -> None:

@@ -100,7 +100,7 @@ class TestDeletedJobs:
 
 
 def _names(lives: Lives) -> tuple[str, ...]:
-    return (lives.namespace, '"whole"', '"refused"', '"unclear"', "ftj-")
+    return (lives.namespace, '"whole"', '"refused"', '"unclear"', '"idle"', "ftj-")
 
 
 def test_helm_test_passes(product: LocalCluster) -> None:

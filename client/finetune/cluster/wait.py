@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from finetune.cluster.api import Cluster
-from finetune.cluster.errors import ClusterError, WaitTimeout
+from finetune.cluster.errors import ClusterError, JobNotFound, WaitTimeout
 from finetune.cluster.job import COMPLETE, Job
 from finetune_api.errors import FineTuneError
 from finetune_api.exits import ExitClass
@@ -43,12 +43,21 @@ def parse_target(text: str) -> str:
 
 
 def wait_for(cluster: Cluster, name: str, target: str, timeout_seconds: float | None) -> Job | None:
-    """Block until ``target`` holds and return the job (``None`` for Deleted).
+    """Block until ``target`` holds and return the job (``None`` for Deleted, also if there is no such job).
 
     Raises:
         JobEnded: it never will; carries the exit class of the job.
         WaitTimeout: not within ``timeout_seconds``.
     """
+    try:
+        return _wait_for(cluster, name, target, timeout_seconds)
+    except JobNotFound:
+        if target == DELETED:
+            return None
+        raise
+
+
+def _wait_for(cluster: Cluster, name: str, target: str, timeout_seconds: float | None) -> Job | None:
     deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
     last: Job | None = None
     for job in cluster.follow(name, deadline):

@@ -9,6 +9,7 @@ from typing import Any
 
 from finetune_operator.looks import seconds_too_early, seconds_until_next_look
 from finetune_operator.observe import JobView
+from finetune_operator.store import Traffic
 from finetune_operator.workqueue import WorkQueue
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -22,29 +23,38 @@ def _running(silent_seconds: float) -> dict[str, Any]:
 
 
 def test_few_jobs_are_looked_at_as_often_as_they_ask() -> None:
-    assert seconds_until_next_look("Running", 10.0, live=3, starting=0) == 10.0
-    assert seconds_too_early(_running(10), JOB, NOW, live=3, starting=0) == 0.0
+    assert seconds_until_next_look("Running", 10.0, Traffic(3, 0)) == 10.0
+    assert seconds_too_early(_running(10), JOB, NOW, Traffic(3, 0)) == 0.0
 
 
 def test_a_thousand_running_jobs_share_twenty_looks_a_second() -> None:
-    assert seconds_until_next_look("Running", 10.0, live=1000, starting=0) == 50.0
-    assert seconds_too_early(_running(10), JOB, NOW, live=1000, starting=0) == 40.0
-    assert seconds_too_early(_running(10), JOB, NOW, live=1000, starting=300) == 70.0
+    assert seconds_until_next_look("Running", 10.0, Traffic(1000, 0)) == 50.0
+    assert seconds_too_early(_running(40), JOB, NOW, Traffic(1000, 0)) == 10.0
+    assert seconds_too_early(_running(70), JOB, NOW, Traffic(1000, 300)) == 10.0
+    assert seconds_too_early(_running(10), JOB, NOW, Traffic(1000, 300)) == 15.0, "by then others may have ended"
+
+
+def test_while_many_start_the_others_are_looked_at_a_fifth_as_often() -> None:
+    assert seconds_too_early(_running(30), JOB, NOW, Traffic(160, 0)) == 0.0
+    assert seconds_too_early(_running(30), JOB, NOW, Traffic(160, 0, rush=True)) == 10.0
+    new: dict[str, Any] = {"metadata": {"name": "a", "generation": 1}, "spec": {}}
+    assert seconds_too_early(new, replace(JOB, ready=0), NOW, Traffic(60, 60)) == 0.0
+    assert seconds_too_early(new, replace(JOB, ready=0), NOW, Traffic(60, 60, rush=True)) == 11.0
 
 
 def test_a_running_job_to_which_something_has_happened_is_looked_at_now() -> None:
-    assert seconds_too_early(_running(10), replace(JOB, ready=1), NOW, live=1000, starting=300) == 0.0
-    assert seconds_too_early(_running(10), replace(JOB, complete=True), NOW, live=1000, starting=300) == 0.0
+    assert seconds_too_early(_running(10), replace(JOB, ready=1), NOW, Traffic(1000, 300)) == 0.0
+    assert seconds_too_early(_running(10), replace(JOB, complete=True), NOW, Traffic(1000, 300)) == 0.0
     changed = _running(10)
     changed["metadata"]["generation"] = 2
-    assert seconds_too_early(changed, JOB, NOW, live=1000, starting=300) == 0.0
+    assert seconds_too_early(changed, JOB, NOW, Traffic(1000, 300)) == 0.0
 
 
 def test_a_new_job_may_start_in_silence_as_long_as_its_share_of_looks_allows() -> None:
     new: dict[str, Any] = {"metadata": {"name": "a", "generation": 1}, "spec": {}}
-    assert seconds_too_early(new, replace(JOB, ready=0), NOW, live=100, starting=100) == 1.0
-    assert seconds_too_early(new, replace(JOB, ready=0), NOW, live=1, starting=1) == 0.0
-    assert seconds_too_early(new, None, NOW, live=100, starting=100) == 0.0, "its Job must be made"
+    assert seconds_too_early(new, replace(JOB, ready=0), NOW, Traffic(100, 100)) == 1.0
+    assert seconds_too_early(new, replace(JOB, ready=0), NOW, Traffic(1, 1)) == 0.0
+    assert seconds_too_early(new, None, NOW, Traffic(100, 100)) == 0.0, "its Job must be made"
 
 
 def test_who_comes_first_goes_before_all_that_wait() -> None:

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from finetune_operator.observe import JOB_LABEL
-from finetune_operator.store import Store
+from finetune_operator.store import Store, Traffic
 
 KEY = ("team", "a")
 
@@ -105,3 +105,19 @@ def test_a_settled_job_keeps_its_name_and_state_only_until_it_changes() -> None:
     assert not store.saw_resource(_resource(5))
     assert store.saw_resource(_resource(6))
     assert not store.get(KEY).settled  # type: ignore[union-attr]
+
+
+def test_twenty_jobs_that_come_to_run_in_ten_seconds_are_a_rush() -> None:
+    store = Store()
+    for number in range(20):
+        assert not store.traffic.rush
+        store.saw_resource(_resource(5, name=f"job-{number}", uid=f"u{number}"))
+        store.saw_resource(_resource(6, name=f"job-{number}", uid=f"u{number}", status={"state": "Running"}))
+    assert store.traffic == Traffic(live=20, starting=0, rush=True)
+
+
+def test_jobs_that_ran_before_the_operator_came_are_no_rush() -> None:
+    store = Store()
+    for number in range(30):
+        store.saw_resource(_resource(5, name=f"job-{number}", uid=f"u{number}", status={"state": "Running"}))
+    assert store.traffic == Traffic(live=30, starting=0)
