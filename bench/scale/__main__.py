@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from bench.scale.measures import finish_jobs, floor, idle, restart, rollout, status_of
+from bench.scale.measures import Rollout, finish_jobs, floor, idle, restart, rollout, settled, status_of
 from bench.scale.operator_process import OperatorProcess
 from bench.scale.plane import POD_NETWORK, Plane
 from bench.scale.results import Results, table
@@ -86,26 +86,32 @@ async def _measure(options: argparse.Namespace, directory: Path, results: Result
     async with trainers():
         if "floor" in options.only:
             with Plane(directory) as plane:
-                await _floor(options, plane, results)
+                results.floor += await _floor(options, plane)
         if "operator" in options.only:
             with Plane(directory) as plane:
                 status = await _operator(options, plane, results)
+        if "floor" in options.only:  # again: a machine may be faster or slower by then
+            with Plane(directory) as plane:
+                results.floor_after += await _floor(options, plane)
         if "idle" in options.only:
             with Plane(directory, nodes=0) as plane:
                 await _idle(options, plane, results, status)
 
 
-async def _floor(options: argparse.Namespace, plane: Plane, results: Results) -> None:
+async def _floor(options: argparse.Namespace, plane: Plane) -> list[Rollout]:
+    found = []
     for number, jobs in enumerate((options.burst, options.jobs)):
         say(f"floor: {jobs:,} Jobs and Services by a bare client ...")
-        results.floor.append(await floor(plane, f"floor-{number}", jobs))
-        say(f"  {results.floor[-1]}")
+        found.append(await floor(plane, f"floor-{number}", jobs))
+        say(f"  {found[-1]}")
+    return found
 
 
 async def _operator(options: argparse.Namespace, plane: Plane, results: Results) -> dict[str, object]:
     operator = OperatorProcess(plane, tuple(options.wrap.split()))
     operator.start()
     say(f"operator: ready after {operator.wait_ready():.2f} s")
+    await asyncio.sleep(2)  # its watches are open
     for number, jobs in enumerate((options.burst, options.jobs)):
         say(f"operator: {jobs:,} FineTuneJobs ...")
         result, cost = await rollout(plane, operator, f"operator-{number}", jobs)
@@ -115,7 +121,7 @@ async def _operator(options: argparse.Namespace, plane: Plane, results: Results)
     status = await status_of(plane, "operator-0")
     if "restart" in options.only:
         live = options.burst + options.jobs
-        await asyncio.sleep(12)  # the first pages of progress are written
+        await settled(plane, [f"operator-{number}" for number in range(2)])
         results.live = await idle(operator, live, 20)
         say(f"  live: {results.live}")
         results.restart = await restart(plane, operator, "operator-0", live, 15)
@@ -130,7 +136,8 @@ async def _idle(options: argparse.Namespace, plane: Plane, results: Results, sta
     operator = OperatorProcess(plane)
     operator.start()
     ready = operator.wait_ready()
-    await asyncio.sleep(10)
+    operator.wait_listed("Complete", options.finished)
+    await asyncio.sleep(5)
     results.idle = await idle(operator, options.finished, options.idle_seconds, ready)
     say(f"  {results.idle}")
     operator.stop()

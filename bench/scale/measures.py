@@ -122,6 +122,17 @@ async def idle(operator: OperatorProcess, jobs: int, seconds: float, ready: floa
     )
 
 
+async def settled(plane: Plane, namespaces: Sequence[str]) -> None:
+    """Until every status holds a page of progress: from then on nothing is new, the fake trainers stand still."""
+    async with Bare(plane.server) as bare:
+        for namespace in namespaces:
+            deadline = time.monotonic() + _PATIENCE_SECONDS
+            while not all("progress" in one for one in await _statuses(bare, namespace)):
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"Not every job in {namespace} shows progress after {_PATIENCE_SECONDS} s.")
+                await asyncio.sleep(2)
+
+
 async def restart(plane: Plane, operator: OperatorProcess, namespace: str, live: int, settle_seconds: float) -> Restart:
     """How long nobody serves, and whether anything is written that was right already."""
     stopped = operator.stop()
@@ -197,9 +208,12 @@ def _cpu(plane: Plane, operator: OperatorProcess | None) -> dict[str, float]:
 
 
 async def _states(bare: Bare, namespace: str) -> dict[str, int]:
-    items = (await bare.get(FINETUNEJOBS.format(namespace)))["items"]
-    states = [item.get("status", {}).get("state", "") for item in items]
+    states = [status.get("state", "") for status in await _statuses(bare, namespace)]
     return {state: states.count(state) for state in sorted(set(states))}
+
+
+async def _statuses(bare: Bare, namespace: str) -> list[dict[str, Any]]:
+    return [item.get("status", {}) for item in (await bare.get(FINETUNEJOBS.format(namespace)))["items"]]
 
 
 def _now() -> str:

@@ -95,6 +95,16 @@ class OperatorProcess:
                 raise RuntimeError(f"The operator was not ready after {seconds:g} s; its log: {self._log}.")
             time.sleep(0.05)
 
+    def wait_listed(self, state: str, jobs: int, seconds: float = 120) -> None:
+        """Until it has seen ``jobs`` FineTuneJobs in ``state`` and its queue is empty."""
+        wanted = {f'finetune_operator_jobs{{state="{state}"}} {float(jobs)}', "finetune_operator_queue_depth 0.0"}
+        deadline = time.monotonic() + seconds
+        while not wanted <= set(self._page("metrics", _METRICS_PORT).splitlines()):
+            self.check()
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"The operator has not seen {jobs:,} jobs in state {state} after {seconds:g} s.")
+            time.sleep(0.5)
+
     def check(self) -> None:
         """Fails with the operator's last words if it has ended."""
         if self._process.poll() is not None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import ssl
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -98,15 +98,21 @@ class Kube:
     async def list(
         self, kind: Kind, namespace: str | None, label_selector: str = "", field_selector: str = ""
     ) -> list[Object]:
-        """All matching objects, page by page."""
+        """All matching objects."""
+        return [item async for item in self.each(kind, namespace, label_selector, field_selector)]
+
+    async def each(
+        self, kind: Kind, namespace: str | None, label_selector: str = "", field_selector: str = ""
+    ) -> AsyncIterator[Object]:
+        """All matching objects, with one page of them in memory at a time."""
         query = {"limit": str(_PAGE), "labelSelector": label_selector, "fieldSelector": field_selector}
-        items: list[Object] = []
         while True:
             page = await self._request("GET", kind, kind.path(namespace), query=query, verb="list")
-            items += page.get("items", ())
+            for item in page.get("items", ()):
+                yield item
             token = page["metadata"].get("continue")
             if not token:
-                return items
+                return
             query["continue"] = token
 
     async def apply(self, manifest: Mapping[str, Any]) -> Object:

@@ -16,6 +16,8 @@ from finetune_operator.store import Traffic
 _LOOKS_PER_SECOND = 20.0
 """Of all jobs together. Each costs a LIST, a page per pod and a status: many live jobs are looked at less often."""
 _LOOKS_PER_SECOND_IN_A_RUSH = 4.0
+_SILENCE_PER_STARTING_JOB_SECONDS, _LONGEST_SILENCE_SECONDS = 0.1, 60.0  # of a new job: its turn will come
+_SILENCE_IN_A_RUSH_SECONDS = 120.0
 _ASK_AGAIN_SECONDS = 15.0  # a rush may be over by then
 _PATIENT = {"Pending", "Starting", "Running", "Publishing"}
 
@@ -79,14 +81,15 @@ def seconds_too_early(resource: Mapping[str, Any], job: JobView | None, now: dat
     """
     if job is None or "deletionTimestamp" in resource["metadata"]:
         return 0.0
-    per_second = _LOOKS_PER_SECOND_IN_A_RUSH if traffic.rush else _LOOKS_PER_SECOND
     if is_calm(resource, job):
+        per_second = _LOOKS_PER_SECOND_IN_A_RUSH if traffic.rush else _LOOKS_PER_SECOND
         early = (traffic.live + 2 * traffic.starting) / per_second - _silence(resource["status"], job, now)
         return min(max(0.0, early), _ASK_AGAIN_SECONDS)
     begins = not resource.get("status", {}).get("conditions") and job.ready < job.nodes
     if not begins or job.failed or job.terminating or is_over(job) or run_policy(resource).get("suspend"):
         return 0.0
-    early = traffic.starting / per_second - (now - job.created).total_seconds()
+    silence = min(traffic.starting * _SILENCE_PER_STARTING_JOB_SECONDS, _LONGEST_SILENCE_SECONDS)
+    early = (_SILENCE_IN_A_RUSH_SECONDS if traffic.rush else silence) - (now - job.created).total_seconds()
     return min(max(0.0, early), _ASK_AGAIN_SECONDS)
 
 

@@ -17,9 +17,10 @@ import kopf
 from finetune_api import API_GROUP
 from finetune_api.errors import SpecError
 from finetune_operator.gather import Gatherer
-from finetune_operator.handlers import MANAGED, build_registry, build_settings
-from finetune_operator.kube import FINETUNEJOBS, JOBS, ApiError, Kube
+from finetune_operator.handlers import build_registry, build_settings
+from finetune_operator.kube import ApiError, Kube
 from finetune_operator.lease import Lease, LeaseLost
+from finetune_operator.listing import list_everything, list_jobs
 from finetune_operator.logs import set_up
 from finetune_operator.metrics import LEADER, RECONCILE_ERRORS, REGISTRY, LiveCollector
 from finetune_operator.pages import Pages
@@ -33,7 +34,6 @@ log = logging.getLogger("finetune_operator")
 RESYNC_SECONDS = 300.0
 _STOP_SECONDS = 5.0
 _LIST_AGAIN_SECONDS = 1.0
-_SELECTOR = ",".join(f"{name}={value}" for name, value in MANAGED.items())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -135,16 +135,11 @@ class Operator:
 
     async def _list_jobs(self, kube: Kube) -> bool:
         try:
-            jobs = [item for scope in self._scopes() for item in await kube.list(JOBS, scope, _SELECTOR)]
+            await list_jobs(kube, self._store, self._settings.namespaces)
         except ApiError as error:
             log.warning("Jobs cannot be listed: %s", error)
             return False
-        self._store.replace(frozenset(), (), jobs)
         return True
-
-    def _scopes(self) -> Sequence[str | None]:
-        """Namespaces to list; one ``None``: the whole cluster."""
-        return self._settings.namespaces or (None,)
 
     async def _worker(self, reconciler: Reconciler) -> None:
         while True:
@@ -178,13 +173,11 @@ class Operator:
         while True:
             await asyncio.sleep(RESYNC_SECONDS)
             try:
-                before = self._store.uids()
-                resources = [item for scope in self._scopes() for item in await kube.list(FINETUNEJOBS, scope)]
-                jobs = [item for scope in self._scopes() for item in await kube.list(JOBS, scope, _SELECTOR)]
+                changed = await list_everything(kube, self._store, self._settings.namespaces)
             except ApiError as error:
                 log.warning("resync: %s", error)
                 continue
-            for key in self._store.replace(before, resources, jobs):
+            for key in changed:
                 self._queue.add(key)
 
     async def _unless_stopped(self, work: Coroutine[Any, Any, None]) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
@@ -150,19 +150,16 @@ class Store:
         resources = (entry.resource["metadata"]["uid"] for entry in self._entries.values())
         return frozenset({*resources, *(view.uid for _, view in self._jobs.values())})
 
-    def replace(self, before: frozenset[str], resources: Iterable[Object], jobs: Iterable[Object]) -> set[Key]:
-        """Take a complete listing; what was known ``before`` it and is not in it is gone. The keys that changed."""
-        resources, jobs = list(resources), list(jobs)
-        lost = before - {item["metadata"]["uid"] for item in (*resources, *jobs)}
-        gone = {key for key, entry in self._entries.items() if entry.resource["metadata"]["uid"] in lost}
-        orphaned = {key for key, (_, view) in self._jobs.items() if view.uid in lost}
+    def forget_lost(self, uids: frozenset[str]) -> set[Key]:
+        """Forget what is no longer there, as a complete listing shows; the keys that this changes."""
+        gone = {key for key, entry in self._entries.items() if entry.resource["metadata"]["uid"] in uids}
+        orphaned = {key for key, (_, view) in self._jobs.items() if view.uid in uids}
         for key in gone:
             del self._entries[key]
             self._discount(key)
         for key in orphaned:
             del self._jobs[key]
-        changed = {key_of(resource) for resource in resources if self.saw_resource(resource)}
-        return gone | orphaned | changed | {owner for job in jobs if (owner := self.saw_job(job)) is not None}
+        return gone | orphaned
 
 
 def _slim(resource: Object) -> Object:

@@ -38,8 +38,10 @@ def test_while_many_start_the_others_are_looked_at_a_fifth_as_often() -> None:
     assert seconds_too_early(_running(30), JOB, NOW, Traffic(160, 0)) == 0.0
     assert seconds_too_early(_running(30), JOB, NOW, Traffic(160, 0, rush=True)) == 10.0
     new: dict[str, Any] = {"metadata": {"name": "a", "generation": 1}, "spec": {}}
-    assert seconds_too_early(new, replace(JOB, ready=0), NOW, Traffic(60, 60)) == 0.0
-    assert seconds_too_early(new, replace(JOB, ready=0), NOW, Traffic(60, 60, rush=True)) == 11.0
+    assert seconds_too_early(new, replace(JOB, ready=0), NOW, Traffic(40, 40)) == 0.0
+    young, old = (replace(JOB, ready=0, created=NOW - timedelta(seconds=age)) for age in (110, 120))
+    assert seconds_too_early(new, young, NOW, Traffic(60, 60, rush=True)) == 10.0, "its turn will come"
+    assert seconds_too_early(new, old, NOW, Traffic(60, 60, rush=True)) == 0.0, "but people want to know"
 
 
 def test_a_running_job_to_which_something_has_happened_is_looked_at_now() -> None:
@@ -52,7 +54,7 @@ def test_a_running_job_to_which_something_has_happened_is_looked_at_now() -> Non
 
 def test_a_new_job_may_start_in_silence_as_long_as_its_share_of_looks_allows() -> None:
     new: dict[str, Any] = {"metadata": {"name": "a", "generation": 1}, "spec": {}}
-    assert seconds_too_early(new, replace(JOB, ready=0), NOW, Traffic(100, 100)) == 1.0
+    assert seconds_too_early(new, replace(JOB, ready=0), NOW, Traffic(100, 100)) == 6.0
     assert seconds_too_early(new, replace(JOB, ready=0), NOW, Traffic(1, 1)) == 0.0
     assert seconds_too_early(new, None, NOW, Traffic(100, 100)) == 0.0, "its Job must be made"
 

@@ -74,8 +74,9 @@ def test_a_complete_listing_removes_ghosts_but_not_what_came_while_it_was_made()
     before = store.uids()
     store.saw_resource(_resource(8, uid="newborn", name="newborn"))
     store.saw_job(_job(8, uid="newborn-job", name="newborn"))
-    changed = store.replace(before, [_resource(5, uid="u1")], [_job(7)])
-    assert changed == {("team", "ghost"), KEY}
+    assert not store.saw_resource(_resource(5, uid="u1"))
+    assert store.saw_job(_job(7)) == KEY
+    assert store.forget_lost(before - {"u1", "j1"}) == {("team", "ghost")}
     assert sorted(name for _, name in list(store.keys())) == ["a", "newborn"]
     assert store.job_of(("team", "ghost")) is None
     assert store.job_of(("team", "newborn")) is not None

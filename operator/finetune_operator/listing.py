@@ -1,0 +1,42 @@
+"""Filling the mirror by LIST: before the watches begin, and now and then for what a broken watch has missed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from finetune_operator.handlers import MANAGED
+from finetune_operator.kube import FINETUNEJOBS, JOBS, Kube
+from finetune_operator.store import Store, key_of
+from finetune_operator.workqueue import Key
+
+_SELECTOR = ",".join(f"{name}={value}" for name, value in MANAGED.items())
+
+
+async def list_jobs(kube: Kube, store: Store, namespaces: Collection[str]) -> set[Key]:
+    """Mirror every Job of ours (no ``namespaces``: in the whole cluster); what changed. Raises ApiError."""
+    changed = set()
+    for scope in namespaces or (None,):
+        async for job in kube.each(JOBS, scope, _SELECTOR):
+            if key := store.saw_job(job):
+                changed.add(key)
+    return changed
+
+
+async def list_everything(kube: Kube, store: Store, namespaces: Collection[str]) -> set[Key]:
+    """Mirror FineTuneJobs and Jobs, and forget those that are gone; what changed. Raises ApiError.
+
+    What the watches report meanwhile is kept: only what was known before can be missing.
+    """
+    before = store.uids()
+    there: set[str] = set()
+    changed: set[Key] = set()
+    for scope in namespaces or (None,):
+        async for resource in kube.each(FINETUNEJOBS, scope):
+            there.add(resource["metadata"]["uid"])
+            if store.saw_resource(resource):
+                changed.add(key_of(resource))
+        async for job in kube.each(JOBS, scope, _SELECTOR):
+            there.add(job["metadata"]["uid"])
+            if key := store.saw_job(job):
+                changed.add(key)
+    return changed | store.forget_lost(before - there)
