@@ -77,12 +77,24 @@ class _Book:
             return
         place = self._place(end)
         if place is None:
+            if self._is_open_since_before(end):
+                self._close(end.started_at or end.created or end.ended_at)
             self.total += 1
             self.entries.append(_entry(self.total, end))
             place = len(self.entries) - 1
         self.entries[place] = self._merged(self.entries[place], end)
         if end.uid:
             self._move({end.uid}, place)
+
+    def _is_open_since_before(self, end: End) -> bool:
+        """Whether the last attempt seems to run although ``end`` is that of a later one: two looks were far apart."""
+        started = parse_time(self.last.started_at) if self.last is not None else None
+        return self.last is not None and self.last.ended_at is None and (started is None or started <= end.ended_at)
+
+    def _close(self, when: datetime) -> None:
+        """The last attempt ended unseen, at ``when`` at the latest."""
+        end = End("Unknown", when, "it ended between two looks of the operator")
+        self.entries[-1] = self._merged(self.entries[-1], end)
 
     def _forgotten(self, end: End) -> bool:
         """Whether it belongs to an attempt that is no longer listed."""
@@ -183,7 +195,7 @@ class _Book:
             if gang and not last.gang:
                 self.entries[-1] = last.model_copy(update={"gang": gang})
                 return
-            self.note(End("Unknown", observed.now, "it ended between two looks of the operator", gang=last.gang or ""))
+            self._close(observed.now)
         self.total += 1
         self.entries.append(StatusAttempt(number=self.total, started_at=time_text(started), gang=gang or None))
 

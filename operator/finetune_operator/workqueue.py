@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+import random
 import time
 from dataclasses import dataclass
 
 Key = tuple[str, str]  # namespace, name
 
 _BACKOFF_SECONDS = (0.2, 0.5, 1, 2, 4, 8, 15, 30, 60)
+_JITTER = 0.3
 _HEAD_START_SECONDS = 3600.0
 
 
@@ -67,10 +69,11 @@ class WorkQueue:
             self._changed.set()
 
     def failed(self, key: Key, at_least_seconds: float = 0.0) -> float:
-        """Look again after a delay that doubles with every failure in a row; the delay."""
+        """Look again after a delay that doubles with every failure in a row, and a little chance; the delay."""
         count = self._failures.get(key, 0)
         self._failures[key] = count + 1
         delay = max(_BACKOFF_SECONDS[min(count, len(_BACKOFF_SECONDS) - 1)], at_least_seconds)
+        delay *= random.uniform(1.0, 1.0 + _JITTER)  # those who failed together do not come back together
         self.add(key, delay)
         return delay
 

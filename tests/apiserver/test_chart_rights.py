@@ -96,7 +96,21 @@ def lost(life: Life) -> None:
     wait(replaced, "the Job replaces the pod of the lost node", FORCE_AFTER_SECONDS + 40)
 
 
-PLAYS = {**{name: play for name, play in LIVES.items() if name != "mistaken"}, "expired": expired}
+def remade(life: Life) -> None:
+    """Suspended from the beginning; somebody deletes its Job, and the other children are there when it is made anew."""
+    life.kube.create(job(runPolicy={"suspend": True}))
+    life.until_state("Suspended")
+    before = life.kube.get("Job", f"ftj-{NAME}")["metadata"]["uid"]
+    life.kube.delete("Job", f"ftj-{NAME}")
+
+    def made() -> bool:
+        found = life.kube.find("Job", f"ftj-{NAME}")
+        return found is not None and found["metadata"]["uid"] != before
+
+    wait(made, "the Job is made again", 30)
+
+
+PLAYS = {**{name: play for name, play in LIVES.items() if name != "mistaken"}, "expired": expired, "remade": remade}
 
 
 @pytest.fixture(scope="module")

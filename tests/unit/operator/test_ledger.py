@@ -101,6 +101,19 @@ def test_of_two_equal_ends_the_one_that_knows_the_pod_names_the_attempt(finished
     ]
 
 
+def test_an_attempt_that_came_and_went_between_two_looks_ends_the_one_before() -> None:
+    """Suspended, resumed and broken again, and all that the operator hears is the end of the second attempt."""
+    life = Life()
+    life.run()
+    life.look(5, job(ready=2), [pod(0), pod(1)], [page(0, step=4)])
+    ended = (over("g2", ExitClass.COMMUNICATION_FAILED, 40, "a peer was lost", started_at=at(30).timestamp()),)
+    life.look(41, job(ready=1), None, [page(1, "", phase=Phase.RENDEZVOUS, ended=ended)])
+    assert life.attempts("number", "gang", "endedAt", "cause") == [
+        (1, "g1", text(30), "Unknown"),
+        (2, "g2", text(40), "CommunicationFailed"),
+    ]
+
+
 def test_a_deleted_pod_that_vanished_between_two_looks_is_missed() -> None:
     life = Life()
     life.run()
