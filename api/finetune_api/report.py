@@ -135,6 +135,7 @@ class Termination(SchemaModel):
     artifact_bytes: int | None = None
     metrics: dict[str, float] = {}  # trainLoss, validationLoss, baseValidationLoss, tokensPerSecond
     gang: str = ""  # of the attempt that this end belongs to; empty: none was running
+    resumed_from_step: int | None = None  # where that attempt's training began; None: it never trained
     ended: tuple[EndedAttempt, ...] = ()  # the last few attempts, this one included, oldest first
     plan: Plan | None = None  # completed; dropped first when the message would exceed 4 KiB
 

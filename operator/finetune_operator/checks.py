@@ -17,6 +17,7 @@ from finetune_operator.waiting import waiting
 PENDING_LOOK_SECONDS = 3.0
 WAITING_LOOK_SECONDS = 10.0
 STOPPING_LOOK_SECONDS = 5.0
+SUSPENDING_LOOK_SECONDS = 0.5  # a pod that has ended is removed about a second later, and its last words with it
 RESTARTING_LOOK_SECONDS = 5.0
 FIRST_PROGRESS_SECONDS = 2.0
 
@@ -206,7 +207,7 @@ def suspended(at: Situation) -> Judgement | None:
                 "Suspended": Say(False, "Suspending", message),
                 "Reconciling": Say(True, "Suspending", message),
             },
-            look_again_seconds=STOPPING_LOOK_SECONDS,
+            look_again_seconds=SUSPENDING_LOOK_SECONDS,
         )
     checkpoint = at.checkpoint()
     more = f"; it will resume from step {checkpoint.step} or later" if checkpoint else ""

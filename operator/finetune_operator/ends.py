@@ -139,6 +139,7 @@ def _pod_end(pod: PodView, observed: Observed) -> End | None:
         pod=pod.name,
         node=pod.node,
         exit_code=pod.exit_code,
+        resumed_from_step=said.resumed_from_step if said else None,
         last_step=said.step if said else None,
     )
 

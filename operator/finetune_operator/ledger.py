@@ -243,6 +243,7 @@ class _Book:
                     "training finished",
                     last.gang or "",
                     exit_code=0,
+                    resumed_from_step=said.resumed_from_step if said else None,
                     last_step=step,
                 )
             )
@@ -252,11 +253,15 @@ class _Book:
             self.note(End(cause, observed.now, message, last.gang or ""))
 
     def closed(self) -> Ledger:
-        """With costs, totals, and the oldest entries left out."""
+        """With costs, totals, and the oldest entries left out.
+
+        A step that is resumed from was reached, whether or not the last words of a pod that was removed were heard.
+        """
         for at, (entry, following) in enumerate(zip(self.entries, self.entries[1:], strict=False)):
             if entry.last_step is not None and following.resumed_from_step is not None:
-                lost = max(0, entry.last_step - following.resumed_from_step)
-                self.entries[at] = entry.model_copy(update={"lost_steps": lost})
+                reached = max(entry.last_step, following.resumed_from_step)
+                costs = {"last_step": reached, "lost_steps": reached - following.resumed_from_step}
+                self.entries[at] = entry.model_copy(update=costs)
         counts = self.dropped + Counter(entry.cause for entry in self.entries if entry.cause)
         return Ledger(tuple(self.entries[-KEPT:]), self.total, dict(sorted(counts.items())))
 

@@ -41,7 +41,7 @@ class LocalCluster:
             command, env=self.environment, input=text, capture_output=True, text=True, timeout=seconds, check=False
         )
         if check and done.returncode != 0:
-            raise AssertionError(f"kubectl {' '.join(words)}: {done.stderr.strip()}")
+            raise AssertionError(f"kubectl {' '.join(words)}: {done.stdout.strip()} {done.stderr.strip()}")
         return done.stdout if check else done.stdout + done.stderr
 
     def apply(self, *manifests: dict[str, Any], namespace: str | None = None) -> None:

@@ -65,7 +65,7 @@ def phases(running: LocalCluster, namespace: str) -> dict[str, str]:
 
 
 def ask(running: LocalCluster, namespace: str, source: str, *targets: str) -> str:
-    return running.kubectl("exec", source, "--namespace", namespace, "--", "/probe", "ask", "20", *targets)
+    return running.kubectl("exec", source, "--namespace", namespace, "--", "/probe", "ask", "45", *targets)
 
 
 class TestRunning:

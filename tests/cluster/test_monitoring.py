@@ -55,7 +55,7 @@ class TestExpressions:
         selector = series or f'finetune_phase{{namespace="{lives.namespace}"}}'
         times = {"start": f"{lives.began:.0f}", "end": f"{lives.ended:.0f}"}
         values = ask(f"label/{label}/values", **{"match[]": selector}, **times)
-        assert {"namespace": {lives.namespace}, "finetune_job": {"refused", "whole"}}[label] <= set(values)
+        assert {"namespace": {lives.namespace}, "finetune_job": {"whole"}}[label] <= set(values)
 
 
 def expression_of(lives: Lives, name: str) -> Expression:

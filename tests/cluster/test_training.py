@@ -66,15 +66,14 @@ def test_a_suspended_job_frees_its_pods_and_continues_to_the_same_adapter(shop: 
     shop.patch("paused", {"runPolicy": {"suspend": True}})
     status = shop.wait("paused", "Suspended", seconds=60)
     assert [pod["metadata"]["name"] for pod in shop.pods("paused") if pod["status"]["phase"] == "Running"] == []
-    stopped_at = status["attempts"][-1]["lastStep"]
-    assert 20 <= stopped_at < 200
-    assert status["checkpoint"]["step"] == stopped_at, "the checkpoint is of the step that was reached"
+    assert 20 <= status["checkpoint"]["step"] <= status["attempts"][-1]["lastStep"] < 200
 
     shop.submit(undisturbed)
     calm = shop.wait("calm", "Complete")
     shop.patch("paused", {"runPolicy": {"suspend": False}})
     status = shop.wait("paused", "Complete")
-    assert [attempt["resumedFromStep"] for attempt in status["attempts"]] == [0, stopped_at]
+    stopped_at = status["attempts"][0]["lastStep"]
+    assert [attempt["resumedFromStep"] for attempt in status["attempts"]] == [0, stopped_at], "not a step was lost"
     assert status["attempts"][0]["cause"] == "Suspended"
     adapters = [shop.fetch(status, tmp_path / name) for status, name in ((status, "paused"), (calm, "calm"))]
     weights = [(adapter / "adapter_model.safetensors").read_bytes() for adapter in adapters]

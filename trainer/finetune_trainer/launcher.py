@@ -81,9 +81,12 @@ class Launcher:
     def _with_attempts(self, ended: Termination) -> Termination:
         """With the attempts before, and the one that this end belongs to, for the ledger of the job."""
         attempts = self.status.ended
-        if self.status.gang and ended.exit_class != ExitClass.COMPLETED:
-            attempts = (*attempts, self.status.describe_attempt(ended.exit_class, ended.message, self.guilty))
-        return ended.model_copy(update={"gang": self.status.gang, "ended": attempts})
+        resumed = None
+        if self.status.gang:
+            attempt = self.status.describe_attempt(ended.exit_class, ended.message, self.guilty)
+            attempts = attempts if ended.exit_class == ExitClass.COMPLETED else (*attempts, attempt)
+            resumed = attempt.resumed_from_step
+        return ended.model_copy(update={"gang": self.status.gang, "ended": attempts, "resumed_from_step": resumed})
 
     def _train(self) -> Termination:
         with self.stop.interruptible():
