@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from tests.unit.operator.job_life import URI, Life, at, dead, job, new_pod, over, page, pod, said, text
 
@@ -112,6 +114,32 @@ def test_an_attempt_that_came_and_went_between_two_looks_ends_the_one_before() -
         (1, "g1", text(30), "Unknown"),
         (2, "g2", text(40), "CommunicationFailed"),
     ]
+
+
+def test_where_a_short_attempt_began_is_known_though_nobody_looked_while_it_ran() -> None:
+    life = Life()
+    life.look(0, job())
+    life.look(2, job(ready=2))
+    word = said(ExitClass.COMPLETED, "done", gang="g1", step=20, resumed_from_step=0)
+    over_now = [replace(pod(n), phase="Succeeded", ready=False, termination=word) for n in (0, 1)]
+    life.look(6, job(complete=True, succeeded=2, active=0), over_now)
+    assert life.attempts("cause", "resumedFromStep", "lastStep") == [("Completed", 0, 20)]
+
+
+def test_a_step_that_is_resumed_from_was_reached() -> None:
+    """The last words of a pod that is suspended may be removed with it."""
+    life = Life()
+    life.run()
+    life.look(20, job(ready=2), [pod(0), pod(1)], [page(0, step=60), page(1, step=60)])
+    life.spec["runPolicy"] = {"suspend": True}
+    life.look(30, job(suspended=True, active=0), [])
+    assert life.attempts("cause", "lastStep") == [("Suspended", 60)]
+    life.spec["runPolicy"] = {"suspend": False}
+    pods = [new_pod(n, "b") for n in (0, 1)]
+    started = at(40).timestamp()
+    pages = [page(n, "g2", 70, resumed_from_step=69, attempt_started_at=started) for n in (0, 1)]
+    life.look(45, job(ready=2), pods, pages)
+    assert life.attempts("lastStep", "resumedFromStep", "lostSteps") == [(69, None, 0), (None, 69, None)]
 
 
 def test_a_deleted_pod_that_vanished_between_two_looks_is_missed() -> None:
