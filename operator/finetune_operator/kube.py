@@ -5,7 +5,9 @@ The client's typed models are passed by: they cost milliseconds per object and d
 
 from __future__ import annotations
 
+import asyncio
 import json
+import random
 import ssl
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +27,11 @@ FIELD_MANAGER = "finetune-operator"
 PROGRESS_MANAGER = "finetune-operator-progress"
 REQUEST_SECONDS = 30.0
 _PAGE = 500
+_PAUSES_AFTER_A_BROKEN_CONNECTION = (
+    0.05,
+    0.2,
+)  # seconds; a look that failed would wait longer, and ask everything anew
+_BROKEN = "Disconnected"
 
 Object = dict[str, Any]
 
@@ -188,7 +195,26 @@ class Kube:
         content_type: str = "application/json",
         verb: str = "",
     ) -> Object:
-        verb = verb or method.lower()
+        """Send it, and again if the connection broke: every write of ours may arrive twice (then it gets a 409)."""
+        for pause in _PAUSES_AFTER_A_BROKEN_CONNECTION:
+            try:
+                return await self._send(method, kind, path, query, body, content_type, verb or method.lower())
+            except ApiError as error:
+                if error.reason != _BROKEN:
+                    raise
+            await asyncio.sleep(pause * random.uniform(1.0, 2.0))
+        return await self._send(method, kind, path, query, body, content_type, verb or method.lower())
+
+    async def _send(
+        self,
+        method: str,
+        kind: Kind,
+        path: str,
+        query: Mapping[str, str] | None,
+        body: Any,
+        content_type: str,
+        verb: str,
+    ) -> Object:
         code = "none"
         try:
             serialized = await self._client.param_serialize(
@@ -203,9 +229,9 @@ class Kube:
             text = await response.read()
             code = str(response.status)
         except (TimeoutError, aiohttp.ClientError, ssl.SSLError, OSError) as error:
-            raise ApiError(
-                0, "Unreachable", f"the API server did not answer ({type(error).__name__}: {error})"
-            ) from error
+            broken = isinstance(error, aiohttp.ClientConnectionError) and not isinstance(error, TimeoutError)
+            message = f"the API server did not answer ({type(error).__name__}: {error})"
+            raise ApiError(0, _BROKEN if broken else "Unreachable", message) from error
         finally:
             API_REQUESTS.labels(verb=verb, resource=kind.plural, code=code).inc()
         if response.status >= 300:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 Key = tuple[str, str]  # namespace, name
 
-_BACKOFF_SECONDS = (0.2, 0.5, 1, 2, 4, 8, 15, 30, 60)
+_BACKOFF_SECONDS = (0.2, 0.5, 1, 2, 4, 8, 15, 30)
 _JITTER = 0.3
 _HEAD_START_SECONDS = 3600.0
 

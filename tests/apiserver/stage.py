@@ -19,6 +19,8 @@ from tests.apiserver.operator_process import OperatorProcess, settings
 from tests.apiserver.proxy import Proxy, Seen
 from tests.apiserver.server import RunningServer
 
+_LINES = 60  # of requests and log that a failure shows
+
 
 @dataclass
 class Stage:
@@ -84,8 +86,11 @@ def live(server: RunningServer, folder: Path, name: str, disturb: Callable[[Stag
     with stage(server, folder) as there:
         disturb(there)
         there.operator.start(again=True)
-        LIVES[name](Life(there.kube, there.kubelet))
-        wait(lambda: not there.quiet(0.7), "nothing is written any more")
+        try:
+            LIVES[name](Life(there.kube, there.kubelet))
+            wait(lambda: not there.quiet(0.7), "nothing is written any more")
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{_what_was_seen(there)}") from error
         return Outcome(
             history=history_of(there.kube),
             writes=there.proxy.writes,
@@ -95,6 +100,21 @@ def live(server: RunningServer, folder: Path, name: str, disturb: Callable[[Stag
             seconds=time.monotonic() - began,
             log=there.operator.log,
         )
+
+
+def _what_was_seen(there: Stage) -> str:
+    """The last requests and the last lines of the log, for a life that went no further."""
+    now = time.monotonic()
+    requests = [
+        f"{one.at - now:8.2f} s  {one.method} {one.path}  {one.code} {one.fault}{' (watch)' if one.is_watch else ''}"
+        for one in there.proxy.seen[-_LINES:]
+    ]
+    pods = [
+        f"{pod['metadata']['name']} {pod['status'].get('phase')} on {pod['spec'].get('nodeName')}"
+        for pod in there.kube.list("Pod")
+    ]
+    log = there.operator.log.splitlines()[-_LINES:]
+    return "\n".join([f"Pods: {pods}; starts: {there.operator.starts}", "Requests:", *requests, "Log:", *log])
 
 
 def told_once(log: str) -> list[str]:

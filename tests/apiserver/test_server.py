@@ -37,7 +37,10 @@ def test_an_account_without_a_role_may_do_nothing_and_the_audit_log_says_so(kube
         f'finetunejobs.finetune.dev is forbidden: User "{user}" cannot list resource "finetunejobs" '
         f'in API group "finetune.dev" in the namespace "{kube.namespace}"'
     )
-    entries = [entry for entry in kube.server.audit() if entry["user"]["username"] == user]
+    entries = kube.wait(
+        lambda: [entry for entry in kube.server.audit() if entry["user"]["username"] == user],
+        "the audit log has an entry of the account",
+    )
     assert [(e["verb"], e["objectRef"]["resource"], e["responseStatus"]["code"]) for e in entries] == [
         ("list", "finetunejobs", 403)
     ]

@@ -160,10 +160,9 @@ class LocalCluster:
 
     def audit(self, user: str) -> list[dict[str, Any]]:
         """Audit events of one user, for example ``system:serviceaccount:NAMESPACE:NAME``; all verbs."""
-        lines = self.layout.audit_log.read_text(encoding="utf-8").splitlines()
-        return [
-            event for line in lines if f'"{user}"' in line and (event := json.loads(line))["user"]["username"] == user
-        ]
+        lines = self.layout.audit_log.read_text(encoding="utf-8").splitlines(keepends=True)
+        told = [json.loads(line) for line in lines if f'"{user}"' in line and line.endswith("\n")]
+        return [event for event in told if event["user"].get("username") == user]
 
     def _change(self, act: Callable[[], Any]) -> None:
         with machine.cluster_lock():

@@ -1,0 +1,66 @@
+"""The operator's own client behind a network that breaks connections."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kubernetes.aio.config import kube_config
+from tests.apiserver.kube import Kube as Administrator
+from tests.apiserver.proxy import Proxy, Seen, dropped
+
+from finetune_operator.kube import CONFIG_MAPS, ApiError, Kube
+
+
+@pytest.fixture
+def proxy(kube: Administrator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    with Proxy(kube.server) as running:
+        path = kube.server.write_kubeconfig(tmp_path / "through-proxy", url=running.url)
+        monkeypatch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(path))  # $KUBECONFIG at its import
+        yield running
+
+
+def ask(question: Callable[[Kube], Awaitable[Any]]) -> Any:
+    async def asked() -> Any:
+        client = await Kube.connect()
+        try:
+            return await question(client)
+        finally:
+            await client.close()
+
+    return asyncio.run(asked())
+
+
+def _config_map(namespace: str, **data: str) -> dict[str, Any]:
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"namespace": namespace, "name": "a"}, "data": data}
+
+
+def _writes(seen: Seen) -> bool:
+    return seen.is_write
+
+
+def test_a_request_is_sent_again_when_its_connection_breaks(kube: Administrator, proxy: Proxy) -> None:
+    proxy.inject(dropped(_writes, times=2))
+    made = ask(lambda client: client.ensure(_config_map(kube.namespace, told="once")))
+    assert made["data"] == kube.get("ConfigMap", "a")["data"] == {"told": "once"}
+    assert [one.fault for one in proxy.writes] == ["drop", "drop", ""]
+
+
+def test_what_was_done_though_the_answer_was_lost_is_found_done(kube: Administrator, proxy: Proxy) -> None:
+    proxy.inject(dropped(_writes, after=True))
+    ask(lambda client: client.ensure(_config_map(kube.namespace, told="once")))
+    assert [(one.method, one.code) for one in proxy.writes] == [("POST", 201), ("POST", 409), ("PATCH", 200)]
+    proxy.inject(dropped(_writes, after=True))
+    uid = kube.get("ConfigMap", "a")["metadata"]["uid"]
+    ask(lambda client: client.delete(CONFIG_MAPS, kube.namespace, "a", uid))
+    assert kube.find("ConfigMap", "a") is None
+
+
+def test_a_connection_that_always_breaks_is_an_error_that_says_so(kube: Administrator, proxy: Proxy) -> None:
+    proxy.inject(dropped(_writes, times=3))
+    with pytest.raises(ApiError, match="the API server did not answer") as caught:
+        ask(lambda client: client.create(CONFIG_MAPS, _config_map(kube.namespace)))
+    assert (caught.value.status, caught.value.retriable, len(proxy.writes)) == (0, True, 3)
