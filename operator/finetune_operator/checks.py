@@ -10,7 +10,7 @@ from finetune_api.status import StatusArtifacts, StatusAttempt, StatusMetrics
 from finetune_operator.conditions import Say
 from finetune_operator.failures import Budget, PodCause, Spent, policy, spent
 from finetune_operator.sentences import as_sentence, count, cut, decimal, enumeration
-from finetune_operator.situation import Situation, run_policy
+from finetune_operator.situation import Situation, condition, run_policy
 from finetune_operator.verdict import Command, StopJob
 from finetune_operator.waiting import waiting
 
@@ -68,8 +68,8 @@ def completed(at: Situation) -> Judgement | None:
         message = f"completed: {count(artifacts.files, 'file')} at {artifacts.uri}"
     else:
         where = at.plan.artifact_prefix
-        published = Say(None, "LastWordLost", f"the pod of rank 0 is gone; its digest stands in {where}manifest.json")
-        message = f"completed, but the pod that published is gone: look for manifest.json at {where}"
+        published = Say(None, "LastWordLost", f"the pod of rank 0 is gone; {where}latest.json names what it published")
+        message = f"completed, but the pod that published is gone: {where}latest.json names the artifact"
     return Judgement(
         "Complete",
         message,
@@ -317,7 +317,14 @@ def _readiness(at: Situation) -> dict[str, Say]:
 
 def pending(at: Situation) -> Judgement | None:
     """No attempt has begun: what is waited for?"""
-    if at.observed.pods is None and at.before.state in {"Pending", "Starting"} and at.before.message:
+    known = condition(at.before, "PodsReady")
+    was_refused = known is not None and known.reason == "ChildRefused"  # it has its Job now
+    if (
+        at.observed.pods is None
+        and at.before.state in {"Pending", "Starting"}
+        and at.before.message
+        and not was_refused
+    ):
         return Judgement(at.before.state, at.before.message, {}, look_again_seconds=_pending_seconds(at))
     found = waiting(at.observed, at.newest)
     started = any(pod.started is not None and not pod.ended for pod in at.newest)

@@ -35,7 +35,7 @@ def derive(observed: Observed, plan: Plan, settings: OperatorSettings) -> Verdic
     """
     before = status_before(observed.resource)
     if _is_over(before):
-        return _afterlife(observed, before)
+        return derive_ended(observed)
     at = situation(observed, plan, settings)
     judgement = judge(at)
     after = _status(at, judgement)
@@ -71,6 +71,32 @@ def derive_invalid(observed: Observed, problems: Sequence[Problem]) -> Verdict:
     known = condition(before, "Accepted")
     new = known is None or known.status != "False" or known.message != (condition(after, "Accepted") or known).message
     return Verdict(after, (Event("Invalid", message, EventType.WARNING),) if new else ())
+
+
+def derive_refused(observed: Observed, sentence: str) -> Verdict:
+    """The API server does not take a child, in its own words; tried again and again."""
+    before = status_before(observed.resource)
+    message = cut(sentence)
+    state = "Restarting" if before.attempts else "Pending"
+    said = {
+        "Accepted": Say(True, "Accepted", "the spec is valid"),
+        "PodsReady": Say(False, "ChildRefused", message),
+        "Running": Say(False, state, message),
+        "Reconciling": Say(True, "ChildRefused", message),
+        "Stalled": Say(False, "Accepted"),
+    }
+    now = time_text(observed.now)
+    update = {"observed_generation": observed.generation, "state": state, "message": message}
+    conditions = merge(before.conditions, said, observed.generation, now)
+    known = condition(before, "PodsReady")
+    new = known is None or known.reason != "ChildRefused"
+    after = before.model_copy(update={**update, "conditions": conditions})
+    return Verdict(after, (Event("Waiting", message, EventType.WARNING),) if new else ())
+
+
+def has_ended(resource: Object) -> bool:
+    """Whether the job is complete or has failed: nothing is made for it any more."""
+    return _is_over(status_before(resource))
 
 
 def is_settled(resource: Object) -> bool:
@@ -133,8 +159,9 @@ def _is_over(status: FineTuneJobStatus) -> bool:
     return is_true(status, "Complete") or is_true(status, "Failed")
 
 
-def _afterlife(observed: Observed, before: FineTuneJobStatus) -> Verdict:
+def derive_ended(observed: Observed) -> Verdict:
     """Nothing changes any more; a new generation is acknowledged."""
+    before = status_before(observed.resource)
     after = before.model_copy(update={"observed_generation": observed.generation})
     life = seconds_to_live(observed.resource, observed.now)
     if life is None:

@@ -6,11 +6,14 @@ The client's typed models are passed by: they cost milliseconds per object and d
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 import ssl
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -32,6 +35,7 @@ _PAUSES_AFTER_A_BROKEN_CONNECTION = (
     0.2,
 )  # seconds; a look that failed would wait longer, and ask everything anew
 _BROKEN = "Disconnected"
+_SAME_TIME = timedelta(seconds=3)
 
 Object = dict[str, Any]
 
@@ -81,6 +85,11 @@ class Kube:
 
     def __init__(self, client: ApiClient) -> None:
         self._client = client
+        self._ahead = timedelta()  # of us: how much later it is at the API server
+
+    def now(self) -> datetime:
+        """The API server's time: what it has dated is never compared with a node's clock that goes wrong."""
+        return datetime.now(UTC) + self._ahead
 
     @classmethod
     async def connect(cls) -> Kube:
@@ -121,6 +130,10 @@ class Kube:
             if not token:
                 return
             query["continue"] = token
+
+    async def peek(self, kind: Kind, namespace: str | None) -> None:
+        """One object at most: whether the kind is served and may be listed."""
+        await self._request("GET", kind, kind.path(namespace), query={"limit": "1"}, verb="list")
 
     async def apply(self, manifest: Mapping[str, Any]) -> Object:
         """Server-side apply: brought back to what the manifest says (or created) by our own field manager."""
@@ -234,10 +247,17 @@ class Kube:
             raise ApiError(0, _BROKEN if broken else "Unreachable", message) from error
         finally:
             API_REQUESTS.labels(verb=verb, resource=kind.plural, code=code).inc()
+        self._note_time(response.headers.get("Date"))
         if response.status >= 300:
             raise _refused(response.status, text, response.headers.get("Retry-After"))
         decoded: Object = json.loads(text)
         return decoded
+
+    def _note_time(self, date: str | None) -> None:
+        """The header (RFC 9110) has whole seconds and was on its way for a while: small differences are none."""
+        with contextlib.suppress(ValueError):
+            ahead = parsedate_to_datetime(date) - datetime.now(UTC) if date else timedelta()
+            self._ahead = ahead if abs(ahead) > _SAME_TIME else timedelta()
 
 
 def _proxy(server: str) -> str | None:

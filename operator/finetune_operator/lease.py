@@ -7,6 +7,7 @@ was not renewed for its whole duration *as seen on its own clock*, so that skewe
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -52,9 +53,13 @@ class Lease:
         renewed = time.monotonic()
         while True:
             await asyncio.sleep(self._settings.retry_seconds)
-            if await self._try():
+            left = self._settings.renew_deadline_seconds - (time.monotonic() - renewed)
+            held = False
+            with contextlib.suppress(TimeoutError):  # an API server that does not answer renews nothing
+                held = await asyncio.wait_for(self._try(), max(0.0, left))
+            if held:
                 renewed = time.monotonic()
-            elif self._held is None or time.monotonic() - renewed > self._settings.renew_deadline_seconds:
+            elif self._held is None or time.monotonic() - renewed >= self._settings.renew_deadline_seconds:
                 raise LeaseLost(f"the lease {self._settings.name} could not be renewed")
 
     async def release(self) -> None:

@@ -5,11 +5,29 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from finetune_operator.handlers import MANAGED
-from finetune_operator.kube import FINETUNEJOBS, JOBS, Kube
+from finetune_operator.kube import FINETUNEJOBS, JOBS, ApiError, Kube
 from finetune_operator.store import Store, key_of
 from finetune_operator.workqueue import Key
 
 _SELECTOR = ",".join(f"{name}={value}" for name, value in MANAGED.items())
+
+
+async def unreadable(kube: Kube, namespaces: Collection[str]) -> dict[str, ApiError]:
+    """Those of ``namespaces`` where FineTuneJobs and Jobs may not be listed: gone, or its Role is missing.
+
+    Raises ApiError for everything else, with status 404 while the CRD is not installed (an absent namespace has no
+    objects, but it exists for LIST).
+    """
+    found = {}
+    for scope in namespaces:
+        try:
+            for kind in (FINETUNEJOBS, JOBS):
+                await kube.peek(kind, scope)
+        except ApiError as error:
+            if error.status != 403:
+                raise
+            found[scope] = error
+    return found
 
 
 async def list_jobs(kube: Kube, store: Store, namespaces: Collection[str]) -> set[Key]:

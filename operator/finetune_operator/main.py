@@ -18,9 +18,9 @@ from finetune_api import API_GROUP
 from finetune_api.errors import SpecError
 from finetune_operator.gather import Gatherer
 from finetune_operator.handlers import build_registry, build_settings
-from finetune_operator.kube import ApiError, Kube
+from finetune_operator.kube import FINETUNEJOBS, ApiError, Kube
 from finetune_operator.lease import Lease, LeaseLost
-from finetune_operator.listing import list_everything, list_jobs
+from finetune_operator.listing import list_everything, list_jobs, unreadable
 from finetune_operator.logs import set_up
 from finetune_operator.metrics import LEADER, RECONCILE_ERRORS, REGISTRY, LiveCollector
 from finetune_operator.pages import Pages
@@ -34,10 +34,16 @@ log = logging.getLogger("finetune_operator")
 RESYNC_SECONDS = 300.0
 _STOP_SECONDS = 5.0
 _LIST_AGAIN_SECONDS = 1.0
+NAMESPACE_SECONDS = 15.0
+_NO_CRD = "the CRD finetunejobs.finetune.dev is not installed; install it: kubectl apply --server-side -f crds/"
+
+
+class NamespaceAppeared(Exception):
+    """A namespace of the settings that could not be read at the start."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run until SIGTERM (0), a lost lease (1) or bad settings (2)."""
+    """Run until SIGTERM or a new namespace (0), a lost lease (1) or bad settings (2)."""
     parser = argparse.ArgumentParser(prog="python -m finetune_operator", description="Operator for FineTuneJobs.")
     parser.add_argument("--config", type=Path, required=True, help="settings as JSON (docs/helm-values.md)")
     options = parser.parse_args(arguments)
@@ -60,6 +66,8 @@ class Operator:
         self._stop = asyncio.Event()
         self._watching = asyncio.Event()
         self._standing_by = True
+        self._served = list(settings.namespaces)  # of those, what may be read
+        self._why = "the watches are not running yet"
 
     async def run(self) -> int:
         """Stand by, work, stop; the exit code."""
@@ -78,6 +86,9 @@ class Operator:
             LEADER.set(1)
             await self._work(kube, lease)
             return 0
+        except NamespaceAppeared as error:
+            log.info("namespace %s can be read now: starting again, to serve it", error)
+            return 0
         except LeaseLost as error:
             log.error("%s: stopping, so that two operators never work at once", error)
             return 1
@@ -94,7 +105,7 @@ class Operator:
         watches = asyncio.create_task(self._watch(kube, kopf_stop))
         signals = asyncio.create_task(self._own_signals())
         tasks = [asyncio.create_task(self._worker(reconciler)) for _ in range(self._settings.concurrency)]
-        tasks.append(asyncio.create_task(self._resync(kube)))
+        tasks += [asyncio.create_task(work) for work in (self._resync(kube), self._await_namespaces(kube))]
         if lease is not None:
             tasks.append(asyncio.create_task(lease.keep()))
         stopping = asyncio.create_task(self._stop.wait())
@@ -118,28 +129,51 @@ class Operator:
     async def _watch(self, kube: Kube, stop: asyncio.Event) -> None:
         """First all Jobs, so that no job is taken for new after a restart (an index of kopf's holds back as well, but
         wakes everybody who waits at every object: 12 s for a thousand jobs); then whatever happens."""
-        while not await self._list_jobs(kube):
+        while not await self._begin(kube):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), _LIST_AGAIN_SECONDS)
                 return
-        namespaces = self._settings.namespaces
         await kopf.operator(
             registry=build_registry(self._store, self._queue),
             settings=build_settings(API_GROUP),
             standalone=True,
-            clusterwide=not namespaces,
-            namespaces=namespaces,
+            clusterwide=not self._served,
+            namespaces=self._served,
             stop_flag=stop,
             ready_flag=self._watching,
         )
 
-    async def _list_jobs(self, kube: Kube) -> bool:
+    async def _begin(self, kube: Kube) -> bool:
+        """Whether there is something to watch: kopf would never ask again for a kind or a namespace that is missing."""
+        namespaces = self._settings.namespaces
         try:
-            await list_jobs(kube, self._store, self._settings.namespaces)
+            refused = await unreadable(kube, namespaces)
+            self._served = [name for name in namespaces if name not in refused]
+            if namespaces and not self._served:
+                raise next(iter(refused.values()))
+            if not namespaces:
+                await kube.peek(FINETUNEJOBS, None)
+            await list_jobs(kube, self._store, self._served)
         except ApiError as error:
-            log.warning("Jobs cannot be listed: %s", error)
+            trouble = _NO_CRD if error.status == 404 else f"Jobs cannot be listed: {error}"
+            if trouble != self._why:
+                log.warning("%s", trouble)
+            self._why = trouble
             return False
+        for refusal in refused.values():
+            log.warning("%s; the other namespaces are served", refusal)
         return True
+
+    async def _await_namespaces(self, kube: Kube) -> None:
+        """Raises NamespaceAppeared when one that was left out can be read: the process starts anew and serves it."""
+        await self._watching.wait()
+        while missing := [name for name in self._settings.namespaces if name not in self._served]:
+            await asyncio.sleep(NAMESPACE_SECONDS)
+            with contextlib.suppress(ApiError):
+                refused = await unreadable(kube, missing)
+                if appeared := [name for name in missing if name not in refused]:
+                    raise NamespaceAppeared(appeared[0])
+        await asyncio.Event().wait()  # for ever: nothing is missing
 
     async def _worker(self, reconciler: Reconciler) -> None:
         while True:
@@ -173,7 +207,7 @@ class Operator:
         while True:
             await asyncio.sleep(RESYNC_SECONDS)
             try:
-                changed = await list_everything(kube, self._store, self._settings.namespaces)
+                changed = await list_everything(kube, self._store, self._served)
             except ApiError as error:
                 log.warning("resync: %s", error)
                 continue
@@ -199,7 +233,7 @@ class Operator:
 
     def _trouble(self) -> str:
         """Why this replica is not ready, or nothing. A replica that stands by is ready."""
-        return "" if self._standing_by or self._watching.is_set() else "the watches are not running yet"
+        return "" if self._standing_by or self._watching.is_set() else self._why
 
 
 def _error(task: asyncio.Task[Any]) -> BaseException | None:

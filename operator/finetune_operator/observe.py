@@ -39,6 +39,7 @@ class JobView:
     complete: bool = False
     failure: tuple[str, str] | None = None  # (reason, message) of its Failed or FailureTarget condition
     deleting: bool = False
+    owner: str = ""  # uid of the FineTuneJob that it belongs to
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,14 @@ def job_view(job: Object) -> JobView:
         complete="Complete" in conditions or "SuccessCriteriaMet" in conditions,
         failure=(failed.get("reason", ""), failed.get("message", "")) if failed else None,
         deleting="deletionTimestamp" in metadata,
+        owner=controller_of(metadata),
     )
+
+
+def controller_of(metadata: Object) -> str:
+    """The uid of the controller that an object belongs to, or nothing."""
+    owners = metadata.get("ownerReferences") or ()
+    return next((owner["uid"] for owner in owners if owner.get("controller")), "")
 
 
 def pod_view(pod: Object) -> PodView:

@@ -20,22 +20,55 @@ from finetune_api.trainer_config import JobIdentity
 from finetune_api.validation import Place, parse_spec
 from finetune_operator.build import build_children
 from finetune_operator.checks import WAITING_LOOK_SECONDS
-from finetune_operator.derive import changes, derive, derive_invalid, dump, is_settled, seconds_to_live
+from finetune_operator.derive import (
+    changes,
+    derive,
+    derive_ended,
+    derive_invalid,
+    derive_refused,
+    dump,
+    has_ended,
+    is_settled,
+    seconds_to_live,
+)
 from finetune_operator.events import tell
 from finetune_operator.gather import Gatherer
-from finetune_operator.kube import FIELD_MANAGER, FINETUNEJOBS, JOBS, PODS, PROGRESS_MANAGER, Kube
+from finetune_operator.kube import (
+    CONFIG_MAPS,
+    FIELD_MANAGER,
+    FINETUNEJOBS,
+    JOBS,
+    PODS,
+    PROGRESS_MANAGER,
+    SERVICES,
+    ApiError,
+    Kube,
+)
 from finetune_operator.logs import log_of
 from finetune_operator.looks import is_over, seconds_too_early, seconds_until_next_look
 from finetune_operator.metrics import JOB_SECONDS, RECONCILE_SECONDS, RESTARTS, STATUS_WRITES
 from finetune_operator.observe import JobView, Observed
 from finetune_operator.policy import policy_problems
+from finetune_operator.sentences import as_sentence
 from finetune_operator.settings import OperatorSettings
+from finetune_operator.situation import run_policy
 from finetune_operator.store import Entry, Store
 from finetune_operator.verdict import DeletePod, DeleteResource, Verdict
 from finetune_operator.workqueue import Key
 
 MANAGER = "finetune-operator"  # of a job whose spec.managedBy is absent
 _PROGRESS_FIELDS = frozenset({"progress", "message"})
+_REFUSED = frozenset({400, 403, 404, 422})  # the same request will be refused until somebody changes something
+_GARBAGE_SECONDS = 10.0  # that the children of a deleted job may take to go
+
+
+class ChildRefused(Exception):
+    """The API server does not take a child: quota, admission, another object of that name."""
+
+    def __init__(self, error: ApiError, sentence: str) -> None:
+        super().__init__(sentence)
+        self.error = error
+        self.sentence = sentence
 
 
 @dataclass
@@ -65,10 +98,15 @@ class Reconciler:
             return None
         look_again = None
         job = self.store.job_of(key)
-        if early := seconds_too_early(entry.resource, job, datetime.now(UTC), self.store.traffic):
+        if early := seconds_too_early(entry.resource, job, self.kube.now(), self.store.traffic):
             return early
         if not is_settled(entry.resource):
-            verdict = await self._judge(key, entry, await self.gatherer.gather(entry, job))
+            observed = await self.gatherer.gather(entry, job)
+            try:
+                verdict = await self._judge(key, entry, observed)
+            except ChildRefused as refused:
+                await self._write(entry, derive_refused(observed, refused.sentence))
+                raise refused.error from None
             await self._write(entry, verdict)
             await self._obey(key, entry, verdict)
             look_again = seconds_until_next_look(verdict.status.state, verdict.look_again_seconds, self.store.traffic)
@@ -76,8 +114,11 @@ class Reconciler:
 
     async def _judge(self, key: Key, entry: Entry, observed: Observed) -> Verdict:
         """Parse and plan (once per generation), make sure of the children, derive the status."""
+        if has_ended(entry.resource):
+            return derive_ended(observed)
         try:
-            entry.planned = entry.planned or plan_of(entry.resource, self.settings, is_new=observed.job is None)
+            if entry.planned is None or observed.job is None:  # whatever is made now follows the rules of now
+                entry.planned = plan_of(entry.resource, self.settings, is_new=observed.job is None)
             observed = await self._ensure_children(key, entry, entry.planned, observed)
         except SpecError as error:
             return derive_invalid(observed, error.problems)
@@ -92,11 +133,12 @@ class Reconciler:
         if job is None:
             children = build_children(entry.resource, spec, plan, self.settings)
             for manifest in children.manifests:
-                made = await self.kube.ensure(manifest)
+                made = await self._make(manifest, observed)
             self.store.saw_job(made)
             return _with_job(observed, self.store.job_of(key))
         if job.deleting:
             return observed
+        await self._make_again(entry, planned, job)
         wanted = {"suspend": spec.run_policy.suspend, "activeDeadlineSeconds": spec.run_policy.active_deadline_seconds}
         if (
             (job.suspended, job.active_deadline_seconds) != tuple(wanted.values())
@@ -106,6 +148,31 @@ class Reconciler:
             await self._change_job(key, job, wanted)
             return _with_job(observed, self.store.job_of(key))
         return observed
+
+    async def _make(self, manifest: Mapping[str, Any], observed: Observed) -> Mapping[str, Any]:
+        """Create or apply one child. Raises ChildRefused where it is the child that the API server does not take."""
+        try:
+            return await self.kube.ensure(manifest)
+        except ApiError as error:
+            if error.status not in _REFUSED or _waits_for_an_earlier_job(error, observed):
+                raise
+            what = f"{manifest['kind']} {manifest['metadata']['name']}"
+            raise ChildRefused(error, f"the API server refuses the {what}: {as_sentence(str(error))}") from error
+
+    async def _make_again(self, entry: Entry, planned: tuple[FineTuneJobSpec, Plan], job: JobView) -> None:
+        """Before pods start anew: the ConfigMap and the Service that they need, should somebody have deleted them."""
+        beginning = pods_begin_anew(entry.resource, job)
+        if beginning is None or beginning == entry.made_for:
+            return
+        children = build_children(entry.resource, *planned, self.settings, config_map_name=job.config_map)
+        for kind, manifest in ((CONFIG_MAPS, children.config_map), (SERVICES, children.service)):
+            try:
+                await self.kube.create(kind, manifest)
+                log_of(entry.resource).warning("made %s %s again", manifest["kind"], manifest["metadata"]["name"])
+            except ApiError as error:
+                if error.status != 409:  # it is there
+                    raise
+        entry.made_for = beginning
 
     async def _change_job(self, key: Key, job: JobView, spec: Mapping[str, Any]) -> None:
         current = await self.kube.get(JOBS, key[0], job.name)
@@ -147,17 +214,17 @@ class Reconciler:
 
     async def _settle(self, key: Key, entry: Entry) -> float | None:
         """The job has ended: nothing of it may still run; forget all but its name."""
-        now = datetime.now(UTC)
+        now = self.kube.now()
         if entry.resource["status"].get("state") != "Invalid":  # a spec that became invalid while it ran runs on
             await self._stop_job(key)
         left = seconds_to_live(entry.resource, now)
-        self.store.settle(key, None if left is None else now + timedelta(seconds=left))
+        self.store.settle(entry, None if left is None else now + timedelta(seconds=left))
         return None if left is None else max(0.0, left)
 
     async def _expire(self, entry: Entry) -> float | None:
         if entry.expires is None:
             return None
-        left = (entry.expires - datetime.now(UTC)).total_seconds()
+        left = (entry.expires - self.kube.now()).total_seconds()
         if left <= 0:
             await self._delete(entry.resource)
             return None
@@ -177,6 +244,27 @@ def plan_of(resource: Mapping[str, Any], settings: OperatorSettings, is_new: boo
     metadata = resource["metadata"]
     identity = JobIdentity(namespace=metadata["namespace"], name=metadata["name"], uid=metadata["uid"])
     return spec, make_plan(spec, Facts(), identity)
+
+
+def pods_begin_anew(resource: Mapping[str, Any], job: JobView) -> str | None:
+    """A word for the moment when pods start that are not the first ones, or that lack a volume; else nothing."""
+    status = resource.get("status", {})
+    number, state = status.get("totalAttempts", 0), status.get("state")
+    lacks = any(c["reason"] == "VolumeNotReady" for c in status.get("conditions", ()) if c["type"] == "PodsReady")
+    resumes = job.suspended and not run_policy(resource).get("suspend")
+    if state == "Restarting" or lacks or resumes:
+        return f"{'resumed' if resumes else state} after attempt {number}{' without a volume' if lacks else ''}"
+    return None
+
+
+def _waits_for_an_earlier_job(error: ApiError, observed: Observed) -> bool:
+    """Whether what stands in the way may be a child of a job of the same name that was deleted a moment ago."""
+    return error.status == 422 and seconds_since_creation(observed) < _GARBAGE_SECONDS
+
+
+def seconds_since_creation(observed: Observed) -> float:
+    """Age of the FineTuneJob."""
+    return (observed.now - datetime.fromisoformat(observed.resource["metadata"]["creationTimestamp"])).total_seconds()
 
 
 def _is_early(before: Mapping[str, Any], verdict: Verdict) -> bool:

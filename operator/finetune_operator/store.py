@@ -41,6 +41,7 @@ class Entry:
     resource: Object
     planned: tuple[FineTuneJobSpec, Plan] | None = None
     pods: tuple[PodView, ...] = ()
+    made_for: str = ""  # what ConfigMap and Service were last made sure of for
     settled: bool = False  # ended: nothing is done any more, but for its removal at ``expires``
     expires: datetime | None = None
 
@@ -63,8 +64,11 @@ class Store:
         return self._entries.get(key)
 
     def job_of(self, key: Key) -> JobView | None:
-        found = self._jobs.get(key)
-        return found[1] if found else None
+        """The Job of the FineTuneJob that is known by this name; not that of an earlier one, which may linger."""
+        found, entry = self._jobs.get(key), self._entries.get(key)
+        if found is None or (entry is not None and found[1].owner != entry.resource["metadata"]["uid"]):
+            return None
+        return found[1]
 
     def keys(self) -> list[Key]:
         return list(self._entries)
@@ -95,9 +99,11 @@ class Store:
         self._count(key, resource)
         return True
 
-    def settle(self, key: Key, expires: datetime | None) -> None:
+    def settle(self, entry: Entry, expires: datetime | None) -> None:
         """The job has ended: keep no more of it than its name and its state (there may be ten thousands)."""
-        entry = self._entries[key]
+        key = key_of(entry.resource)
+        if self._entries.get(key) is not entry:  # deleted meanwhile, or made anew under its name
+            return
         metadata = {name: entry.resource["metadata"].get(name) for name in _KEPT_WHEN_SETTLED}
         state = entry.resource.get("status", {}).get("state", "")
         self._entries[key] = Entry({"metadata": metadata, "status": {"state": state}}, settled=True, expires=expires)

@@ -10,7 +10,8 @@ from finetune_operator.build.inputs import Inputs
 from finetune_operator.observe import JOB_LABEL
 
 APPLICATION = {"app.kubernetes.io/name": "finetune-job", "app.kubernetes.io/managed-by": "finetune-operator"}
-COPIED_PREFIXES = (f"{API_GROUP}/", "kueue.x-k8s.io/")  # of a FineTuneJob's metadata; nothing else reaches its Job
+# Of a FineTuneJob's metadata; nothing else reaches its Job. Not a queue's labels: it would own spec.suspend as we do.
+COPIED_PREFIXES = (f"{API_GROUP}/",)
 
 
 def child_name(inputs: Inputs) -> str:

@@ -42,10 +42,15 @@ def test_a_disruption_is_ignored_and_every_error_of_the_user_ends_the_job() -> N
     assert (fail["onExitCodes"]["containerName"], fail["onExitCodes"]["operator"]) == ("trainer", "In")
 
 
-def test_only_our_and_kueues_labels_and_annotations_reach_the_job() -> None:
+def test_only_our_labels_and_annotations_reach_the_job() -> None:
     built = children(
         smallest(),
-        labels={"kueue.x-k8s.io/queue-name": "team-a", "app.kubernetes.io/name": "mine", "team": "ml"},
+        labels={
+            "finetune.dev/team": "a",
+            "kueue.x-k8s.io/queue-name": "team-a",
+            "app.kubernetes.io/name": "mine",
+            "team": "ml",
+        },
         annotations={
             "finetune.dev/note": "x",
             "kueue.x-k8s.io/y": "z",
@@ -57,9 +62,9 @@ def test_only_our_and_kueues_labels_and_annotations_reach_the_job() -> None:
         "app.kubernetes.io/name": "finetune-job",
         "app.kubernetes.io/managed-by": "finetune-operator",
         "finetune.dev/job": "job",
-        "kueue.x-k8s.io/queue-name": "team-a",
+        "finetune.dev/team": "a",
     }
-    assert metadata["annotations"] == {"finetune.dev/note": "x", "kueue.x-k8s.io/y": "z"}
+    assert metadata["annotations"] == {"finetune.dev/note": "x"}
     assert "annotations" not in built.config_map["metadata"]
 
 

@@ -292,11 +292,13 @@ def test_a_complete_job_whose_pods_are_gone_says_that_the_digest_is_unknown() ->
     life.run()
     life.look(92, job(active=0, succeeded=2, complete=True), [])
     assert life.status["state"] == "Complete"
-    assert life.status["message"] == f"completed, but the pod that published is gone: look for manifest.json at {URI}"
+    assert (
+        life.status["message"] == f"completed, but the pod that published is gone: {URI}latest.json names the artifact"
+    )
     assert life.condition("ArtifactsPublished") == (
         "Unknown",
         "LastWordLost",
-        f"the pod of rank 0 is gone; its digest stands in {URI}manifest.json",
+        f"the pod of rank 0 is gone; {URI}latest.json names what it published",
     )
     assert life.attempts("cause", "message") == [("Completed", "training finished")]
     assert "artifacts" not in life.status

@@ -16,7 +16,7 @@ def _resource(version: int, uid: str = "u1", name: str = "a", **more: Any) -> di
     return {"metadata": {**metadata, "managedFields": [{"manager": "kubectl"}]}, "spec": {"x": 1}, **more}
 
 
-def _job(version: int, uid: str = "j1", name: str = "a", active: int = 0) -> dict[str, Any]:
+def _job(version: int, uid: str = "j1", name: str = "a", active: int = 0, owner: str = "u1") -> dict[str, Any]:
     return {
         "metadata": {
             "namespace": "team",
@@ -25,6 +25,7 @@ def _job(version: int, uid: str = "j1", name: str = "a", active: int = 0) -> dic
             "resourceVersion": str(version),
             "creationTimestamp": "2026-11-21T10:00:00Z",
             "labels": {JOB_LABEL: name},
+            "ownerReferences": [{"kind": "FineTuneJob", "name": name, "uid": owner, "controller": True}],
         },
         "spec": {"completions": 2, "template": {"spec": {"volumes": [{"configMap": {"name": "ftj-a-12345678"}}]}}},
         "status": {"active": active},
@@ -73,7 +74,7 @@ def test_a_complete_listing_removes_ghosts_but_not_what_came_while_it_was_made()
     store.saw_job(_job(5, uid="ghost-job", name="ghost"))
     before = store.uids()
     store.saw_resource(_resource(8, uid="newborn", name="newborn"))
-    store.saw_job(_job(8, uid="newborn-job", name="newborn"))
+    store.saw_job(_job(8, uid="newborn-job", name="newborn", owner="newborn"))
     assert not store.saw_resource(_resource(5, uid="u1"))
     assert store.saw_job(_job(7)) == KEY
     assert store.forget_lost(before - {"u1", "j1"}) == {("team", "ghost")}
@@ -81,6 +82,23 @@ def test_a_complete_listing_removes_ghosts_but_not_what_came_while_it_was_made()
     assert store.job_of(("team", "ghost")) is None
     assert store.job_of(("team", "newborn")) is not None
     assert store.job_of(KEY) is not None
+
+
+def test_the_job_of_an_earlier_one_of_the_same_name_is_nobodys() -> None:
+    store = Store()
+    store.saw_resource(_resource(5, uid="u1"))
+    store.saw_job(_job(6, owner="u1"))
+    assert store.job_of(KEY) is not None
+    ended = store.get(KEY)
+    store.saw_resource(_resource(9, uid="u2"))  # deleted and made again; the garbage collector comes later
+    assert store.job_of(KEY) is None
+    assert ended is not None
+    store.settle(ended, None)  # a look that began before
+    assert not store.get(KEY).settled  # type: ignore[union-attr]
+    store.saw_job(_job(11, uid="j2", owner="u2"))
+    assert store.job_of(KEY).uid == "j2"  # type: ignore[union-attr]
+    store.forget_resource(KEY, "u2")
+    store.settle(ended, None)
 
 
 def test_an_older_copy_of_a_job_is_no_news() -> None:
@@ -94,7 +112,9 @@ def test_an_older_copy_of_a_job_is_no_news() -> None:
 def test_a_settled_job_keeps_its_name_and_state_only_until_it_changes() -> None:
     store = Store()
     store.saw_resource(_resource(5, status={"state": "Complete", "message": "long"}))
-    store.settle(KEY, datetime(2026, 11, 22, tzinfo=UTC))
+    live = store.get(KEY)
+    assert live is not None
+    store.settle(live, datetime(2026, 11, 22, tzinfo=UTC))
     entry = store.get(KEY)
     assert entry is not None
     assert entry.settled
