@@ -1,7 +1,7 @@
 # The two images of finetune-operator. Works the same with BuildKit and with buildah:
 #
-#   docker build --target operator -t finetune-operator/operator:dev .
-#   docker build --target trainer  -t finetune-operator/trainer:dev  .
+#   docker build --target operator --tag REGISTRY/finetune-operator:TAG .
+#   docker build --target trainer  --tag REGISTRY/finetune-trainer:TAG .
 #
 # Dependencies come before code, so a code change rebuilds and ships only the last small layer. docs/images.md says more.
 
@@ -84,6 +84,8 @@ RUN python3 /src/seal.py /src/pyproject.toml /app
 FROM trainer-deps AS trainer
 ENV PATH=/opt/venv/bin:/usr/local/bin:/usr/bin:/bin HOME=/tmp USER=finetune LOGNAME=finetune \
     PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PYTHONSAFEPATH=1
+# GKE's device plugin mounts the driver's libraries here and tells no linker of it; elsewhere the folder does not exist.
+ENV LD_LIBRARY_PATH=/usr/local/nvidia/lib64
 LABEL org.opencontainers.image.title="finetune-trainer" \
       org.opencontainers.image.description="Runs one FineTuneJob on the processes of one pod" \
       org.opencontainers.image.licenses="Apache-2.0"
