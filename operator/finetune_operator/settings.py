@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
+from pydantic_core import ErrorDetails
 
 from finetune_api.errors import Problem, SpecError
 from finetune_api.fields import DnsLabel, Quantity, SchemaModel
@@ -15,6 +17,61 @@ from finetune_api.spec import Toleration
 
 Seconds = Annotated[int, Field(ge=1, le=86_400)]
 Port = Annotated[int, Field(ge=0, le=65_535)]  # 0: any free port
+
+_NAME = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
+_LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
+_PART = r"[a-z0-9]+((\.|__?|-+)[a-z0-9]+)*"
+_NAME_VALUE = re.compile(_NAME)
+_KEY = re.compile(rf"((?=[^/]{{1,253}}/){_LABEL}(\.{_LABEL})*/)?{_NAME}")
+_IMAGE = re.compile(
+    rf"([A-Za-z0-9]([-A-Za-z0-9.]*[A-Za-z0-9])?(:[0-9]{{1,5}})?/)?{_PART}(/{_PART})*"
+    r"(:[A-Za-z0-9_][A-Za-z0-9._-]{0,127})?(@sha256:[0-9a-f]{64})?"
+)
+_KEY_RULE = "is no key, which is NAME or PREFIX/NAME, such as example.com/team"
+_VALUE_RULE = "is no label value, which is up to 63 letters, digits, '-', '_' and '.'"
+
+
+def _label_key(key: str) -> str:
+    if not _KEY.fullmatch(key):
+        raise ValueError(_KEY_RULE)
+    return key
+
+
+def _annotation_key(key: str) -> str:
+    _label_key(key.lower())  # as the API server does: an annotation's prefix may have capitals
+    return key
+
+
+def _label_value(value: str) -> str:
+    if value and not _NAME_VALUE.fullmatch(value):
+        raise ValueError(_VALUE_RULE)
+    return value
+
+
+def _toleration(toleration: Toleration) -> Toleration:
+    """What the API server would refuse in every pod."""
+    if toleration.key:
+        _label_key(toleration.key)
+    if toleration.operator == "Exists":
+        if toleration.value:
+            raise ValueError("has operator Exists, which takes no value")
+    elif not toleration.key:
+        raise ValueError("has no key, which goes with operator Exists only")
+    _label_value(toleration.value or "")
+    if toleration.toleration_seconds is not None and toleration.effect != "NoExecute":
+        raise ValueError("has tolerationSeconds, which goes with effect NoExecute only")
+    return toleration
+
+
+def _image(name: str) -> str:
+    if not _IMAGE.fullmatch(name):
+        raise ValueError("is no image, which is REPOSITORY, then :TAG or @sha256:DIGEST or both")
+    return name
+
+
+LabelKey = Annotated[str, AfterValidator(_label_key)]
+LabelValue = Annotated[str, AfterValidator(_label_value)]
+AnnotationKey = Annotated[str, AfterValidator(_annotation_key)]
 
 
 class PullPolicy(StrEnum):
@@ -31,12 +88,12 @@ class LogFormat(StrEnum):
 class PodDefaults(SchemaModel):
     """What every training pod gets unless its job says otherwise."""
 
-    node_selector: dict[str, str] = {}
-    tolerations: tuple[Toleration, ...] = ()
+    node_selector: dict[LabelKey, LabelValue] = {}
+    tolerations: tuple[Annotated[Toleration, AfterValidator(_toleration)], ...] = ()
     priority_class_name: str = ""
     runtime_class_name: str = ""
-    labels: dict[str, str] = {}
-    annotations: dict[str, str] = {}
+    labels: dict[LabelKey, LabelValue] = {}
+    annotations: dict[AnnotationKey, str] = {}
     environment: dict[str, str] = {}
     termination_grace_period_seconds: Seconds = 120
     shared_memory: Quantity = "1Gi"
@@ -76,7 +133,7 @@ class LogSettings(SchemaModel):
 
 class OperatorSettings(SchemaModel):
     namespaces: tuple[DnsLabel, ...] = ()  # empty: the whole cluster
-    trainer_image: Annotated[str, Field(min_length=1, max_length=512)]
+    trainer_image: Annotated[str, Field(min_length=1, max_length=512), AfterValidator(_image)]
     trainer_image_pull_policy: PullPolicy = PullPolicy.IF_NOT_PRESENT
     image_pull_secrets: tuple[DnsLabel, ...] = ()
     pod_defaults: PodDefaults = PodDefaults()
@@ -118,10 +175,16 @@ def _problems(path: Path, error: ValueError) -> list[Problem]:
         return [Problem(str(path), None, f"is not JSON ({error})", "correct it")]
     return [
         Problem(
-            ".".join(str(part) for part in found["loc"]) or str(path),
+            ".".join(str(part) for part in found["loc"] if part != "[key]") or str(path),
             found["input"] if found["type"] != "missing" else None,
-            "is not a setting" if found["type"] == "extra_forbidden" else found["msg"].lower(),
+            _rule(found),
             f"correct {path}",
         )
         for found in error.errors(include_url=False)
     ]
+
+
+def _rule(found: ErrorDetails) -> str:
+    if found["type"] == "extra_forbidden":
+        return "is not a setting"
+    return str(found["ctx"]["error"]) if found["type"] == "value_error" else found["msg"].lower()
