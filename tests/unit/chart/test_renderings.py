@@ -121,7 +121,7 @@ def test_no_container_runs_as_root_writes_its_image_or_gains_rights(name: str) -
 def test_digests_win_over_tags() -> None:
     values = {"image": {"operator": {"tag": "v1", "digest": DIGEST}, "trainer": {"tag": "v1"}}}
     assert [pod["containers"][0]["image"] for pod in pods_of(render(values))] == [
-        f"finetune-operator/operator@{DIGEST}"
+        f"registry.invalid/finetune-operator@{DIGEST}"
     ] * 2
 
 

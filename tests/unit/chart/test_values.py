@@ -69,6 +69,27 @@ def test_every_value_has_an_explanation() -> None:
         ({"concurrency": 0}, "at '/concurrency': minimum: got 0, want 1"),
         ({"image": {"operator": {"digest": "latest"}}}, "'latest' does not match pattern '^(sha256:[0-9a-f]{64})?$'"),
         ({"training": {"environment": {"A-B": "x"}}}, "'A-B' does not match pattern"),
+        ({"training": {"labels": {"a b": "c"}}}, "at '/training/labels': additional properties 'a b' not allowed"),
+        ({"training": {"labels": {"a": "b c"}}}, "at '/training/labels/a': 'b c' does not match pattern"),
+        ({"training": {"nodeSelector": {"a": "b/c"}}}, "at '/training/nodeSelector/a': 'b/c' does not match pattern"),
+        ({"training": {"annotations": {"a/b/c": "d"}}}, "at '/training/annotations': additional properties 'a/b/c' no"),
+        ({"podLabels": {"A.b/c": "d"}}, "at '/podLabels': additional properties 'A.b/c' not allowed"),
+        (
+            {"training": {"tolerations": [{"key": "a", "operator": "Exists", "value": "b"}]}},
+            "at '/training/tolerations/0/value': value must be ''",
+        ),
+        ({"training": {"tolerations": [{"value": "b"}]}}, "at '/training/tolerations/0': missing property 'key'"),
+        ({"tolerations": [{"key": "", "effect": "NoExecute"}]}, "at '/tolerations/0/key': minLength: got 0, want 1"),
+        ({"tolerations": [{"key": "a b"}]}, "at '/tolerations/0/key': 'a b' does not match pattern"),
+        ({"tolerations": [{"key": "a", "tolerationSeconds": 1}]}, "at '/tolerations/0': missing property 'effect'"),
+        (
+            {"tolerations": [{"key": "a", "effect": "NoSchedule", "tolerationSeconds": 1}]},
+            "at '/tolerations/0/effect': value must be 'NoExecute'",
+        ),
+        *(
+            ({"image": {"operator": {"repository": name}}}, f"at '/image/operator/repository': '{name}' does not match")
+            for name in ("reg.example/op:1", "op:1", "reg.example/Op", "https://reg.example/op", f"op@{DIGEST}")
+        ),
         (
             {"replicas": 2, "lease": {"enabled": False}},
             "replicas is 2 and lease.enabled is false: operators without a Lease disturb each other; "
@@ -98,6 +119,31 @@ def test_every_value_has_an_explanation() -> None:
 )  # fmt: skip
 def test_a_wrong_value_is_refused_with_a_sentence(values: Document, said: str) -> None:
     assert said in refusal(values)
+
+
+def test_what_kubernetes_takes_is_not_refused_and_reaches_the_operator() -> None:
+    training = {
+        "labels": {"example.com/team": "ml", "empty": "", "n" * 63: "v" * 63},
+        "annotations": {"Example.com/Note": "any text, at all"},
+        "nodeSelector": {"topology.kubernetes.io/zone": "a-1_b.c"},
+        "tolerations": [
+            {"operator": "Exists"},
+            {"key": "", "operator": "Exists", "value": ""},
+            {"key": "nvidia.com/gpu", "value": "present", "effect": "NoExecute", "tolerationSeconds": 300},
+            {"key": "spot", "operator": "Equal", "effect": "NoSchedule"},
+        ],
+    }
+    found = settings_of(render({"training": training, "tolerations": training["tolerations"]}))
+    assert {name: found["podDefaults"][name] for name in training} == training
+    OperatorSettings.model_validate(found)
+
+
+@pytest.mark.parametrize(
+    "name", ["op", "localhost:5000/x", "registry.example:443/a/b_c/d__e/f--g.h", "me/op", "REG.example/op"]
+)
+def test_a_registry_may_have_a_port(name: str) -> None:
+    documents = render({"image": {"trainer": {"repository": name}}})
+    assert OperatorSettings.model_validate(settings_of(documents)).trainer_image == f"{name}:0.1.0"
 
 
 def _setting_keys(model: type[BaseModel], path: str = "") -> set[str]:
@@ -163,7 +209,7 @@ def test_every_setting_of_the_operator_can_be_reached() -> None:
 def test_the_defaults_of_the_chart_are_the_defaults_of_the_operator() -> None:
     settings = OperatorSettings.model_validate(settings_of(render()))
     assert settings == OperatorSettings(
-        trainer_image="finetune-operator/trainer:0.1.0",
+        trainer_image="registry.invalid/finetune-trainer:0.1.0",
         lease=settings.lease.model_copy(update={"namespace": "finetune-system"}),
     )
     assert settings.lease == type(settings.lease)(namespace="finetune-system")
@@ -185,16 +231,42 @@ def test_the_values_of_the_last_release_still_render() -> None:
     assert {"Deployment", "ConfigMap", "ClusterRole", "CustomResourceDefinition"} <= kinds
 
 
+def notes(*arguments: str, namespace: str = "finetune-system") -> str:
+    """What Helm prints after an installation."""
+    done = helm("install", "finetune-operator", str(CHART), "--namespace", namespace, "--dry-run=client", *arguments)
+    return done.stdout.split("NOTES:\n")[1]
+
+
+def manifest_of(text: str) -> str:
+    body = text.split("<<EOF\n")[1].split("    EOF")[0]
+    lines = "\n".join(line[4:] for line in body.splitlines())
+    return lines.replace("OWNER/MODEL", "owner/model").replace("BUCKET", "bucket")
+
+
 def test_the_manifest_of_the_notes_is_a_good_one() -> None:
     from finetune_api.manifest import parse_manifest
 
-    done = helm("install", "finetune-operator", str(CHART), "--namespace", "finetune-system", "--dry-run=client")
-    notes = done.stdout.split("NOTES:\n")[1]
-    assert "helm test finetune-operator --namespace finetune-system" in notes
-    body = notes.split("<<EOF\n")[1].split("    EOF")[0]
-    manifest = (
-        "\n".join(line[4:] for line in body.splitlines())
-        .replace("OWNER/MODEL", "owner/model")
-        .replace("BUCKET", "bucket")
-    )
-    assert parse_manifest(manifest)[0].name == "first"
+    said = notes()
+    assert said.startswith("finetune-operator 0.1.0 watches every namespace.\n")
+    assert "helm test finetune-operator --namespace finetune-system" in said
+    assert parse_manifest(manifest_of(said))[0].name == "first"
+
+
+def test_the_notes_put_the_secret_and_the_job_where_the_operator_looks_for_them() -> None:
+    from finetune_api.manifest import parse_manifest
+
+    said = notes("--set", "namespaces={team-a,team-b}", namespace="ops")
+    assert "helm test finetune-operator --namespace ops\n" in said
+    assert "kubectl create secret generic bucket --namespace team-a --from-literal=" in said
+    assert "kubectl get finetunejobs --namespace team-a --watch\n" in said
+    assert parse_manifest(manifest_of(said))[0].namespace == "team-a"
+    everywhere = [line for line in notes().splitlines() if line.startswith("    kubectl ")]
+    assert [line for line in everywhere if "--namespace" in line] == []
+
+
+def test_the_notes_tell_of_images_that_nobody_can_pull() -> None:
+    own = ("image.operator.repository=localhost:5000/a", "image.trainer.repository=localhost:5000/b")
+    told = "No registry has the images"
+    assert told in notes()
+    assert told in notes("--set", own[0])
+    assert told not in notes("--set", ",".join(own))
