@@ -45,6 +45,7 @@ ENDPOINT_VARIABLES = (
     "HF_ENDPOINT",
 )
 _PREFIX = "FINETUNE_ENV_"
+_KNOWN = frozenset(name for names in VARIABLES.values() for name in names)
 
 
 def variable_prefix(secret_name: str = "") -> str:
@@ -53,7 +54,11 @@ def variable_prefix(secret_name: str = "") -> str:
 
 
 def environment_of(location: ObjectLocation, environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables as ``location`` sees them: in a pod those of its own Secret win, elsewhere there are none."""
+    """The variables as ``location`` sees them: in a pod those of its own Secret win, elsewhere there are none.
+
+    Of a Secret only what ``VARIABLES`` lists: another key could name a file or a role of the pod, or an emulator. What
+    the pod itself was given (workload identity) stays.
+    """
     prefix = variable_prefix(location.credentials.secret_name if location.credentials else "")
-    own = {name[len(prefix) :]: value for name, value in environment.items() if name.startswith(prefix) and value}
-    return {**environment, **own}
+    own = {name: environment.get(prefix + name) for name in _KNOWN}
+    return {**environment, **{name: value for name, value in own.items() if value}}

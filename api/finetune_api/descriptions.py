@@ -5,7 +5,7 @@ from __future__ import annotations
 _LOCATION = {
     "credentials": "Secret whose keys become environment variables with their standard names (AWS_ACCESS_KEY_ID, ...).",
     "credentials.secretName": "Name of a Secret in the job's namespace. It is named here, never read by the operator.",
-    "endpoint": "Address of an S3-compatible server, such as http://minio:9000. Absent: the provider's own.",
+    "endpoint": "Address of the server, such as http://minio:9000, without a query. Absent: the provider's own.",
     "region": "Region of the bucket (s3:// only). Absent: from the environment.",
     "pathStyle": "Put the bucket in the path instead of the host name (s3:// only). Absent: true with an endpoint.",
 }

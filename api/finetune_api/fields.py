@@ -23,12 +23,19 @@ class SchemaModel(BaseModel):
     )
 
 
-URI_PATTERN = r"^(hf|s3|gs|az|pvc|file)://[^\s@]+(@[0-9a-f]{40})?$"
-DATA_URI_PATTERN = r"^(s3|gs|az|pvc|file)://[^\s@]+$"
+# A bucket becomes a part of a host name, and is compared with the administrator's list: no character that ends a host
+# may be in it. A query could be a signature; data may have '?' as a wildcard, so there it is a query if '=' follows.
+AUTHORITY = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+MODEL_URI_PATTERN = rf"^((hf|s3|gs|az|pvc)://{AUTHORITY}(/[^\s@?#]*)?(@[0-9a-f]{{40}})?|file://[^\s@?#]+)$"
+DATA_URI_PATTERN = rf"^((s3|gs|az|pvc)://{AUTHORITY}(/[^\s@?#]*(\?[^\s@?#=]*)*)?|file://[^\s@?#]+(\?[^\s@?#=]*)*)$"
+OUTPUT_URI_PATTERN = rf"^((s3|gs|az|pvc)://{AUTHORITY}(/[^\s@?#]*)?|file://[^\s@?#]+)$"
+ENDPOINT_PATTERN = r"^https?://([A-Za-z0-9][A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?(/[^\s@?#\\]*)?$"
 QUANTITY_PATTERN = r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$"
 
-ModelUri = Annotated[str, Field(min_length=6, max_length=1024, pattern=URI_PATTERN)]
-ObjectUri = Annotated[str, Field(min_length=6, max_length=1024, pattern=DATA_URI_PATTERN)]
+ModelUri = Annotated[str, Field(min_length=6, max_length=1024, pattern=MODEL_URI_PATTERN)]
+DataUri = Annotated[str, Field(min_length=6, max_length=1024, pattern=DATA_URI_PATTERN)]
+OutputUri = Annotated[str, Field(min_length=6, max_length=1024, pattern=OUTPUT_URI_PATTERN)]
+Endpoint = Annotated[str, Field(max_length=512, pattern=ENDPOINT_PATTERN)]
 Quantity = Annotated[str, Field(min_length=1, max_length=32, pattern=QUANTITY_PATTERN)]
 DnsLabel = Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")]
 ModuleName = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[A-Za-z0-9_.*-]+$")]

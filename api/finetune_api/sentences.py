@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from finetune_api.fields import QUANTITY_PATTERN
+from finetune_api.fields import ENDPOINT_PATTERN, QUANTITY_PATTERN
 from finetune_api.introspect import Path
 
 _COMMIT = r"^[0-9a-f]{40}$"
@@ -17,8 +17,8 @@ _PATTERNS: dict[str, tuple[str, str]] = {
         "must be a module name of letters, digits, '.', '_', '-' and '*'",
         "write it as the model spells it, such as q_proj",
     ),
-    r"^https?://[^\s@/]+(/[^\s@]*)?$": (
-        "must be an http:// or https:// address without user information",
+    ENDPOINT_PATTERN: (
+        "must be an http:// or https:// address without user information or query",
         "write it as http://host:port",
     ),
     r"^[a-z0-9-]+$": ("must be a region of lower-case letters, digits and '-'", "write it as in eu-central-1"),

@@ -11,7 +11,17 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from finetune_api.fields import DnsLabel, Fraction, ModelUri, ModuleName, ObjectUri, Quantity, SchemaModel
+from finetune_api.fields import (
+    DataUri,
+    DnsLabel,
+    Endpoint,
+    Fraction,
+    ModelUri,
+    ModuleName,
+    OutputUri,
+    Quantity,
+    SchemaModel,
+)
 
 
 class Initialization(StrEnum):
@@ -118,9 +128,7 @@ class ObjectLocation(SchemaModel):
     """How to reach the object store behind a ``uri``; all optional, standard environment variables fill the rest."""
 
     credentials: SecretReference | None = None
-    endpoint: Annotated[str, Field(max_length=512, pattern=r"^https?://[^\s@/]+(/[^\s@]*)?$")] | None = (
-        None  # S3-compatible
-    )
+    endpoint: Endpoint | None = None
     region: Annotated[str, Field(max_length=64, pattern=r"^[a-z0-9-]+$")] | None = None
     path_style: bool | None = None  # absent: true with an endpoint, else false
 
@@ -143,7 +151,7 @@ class Task(SchemaModel):
 class DataSource(ObjectLocation):
     """Files of one kind: JSONL (plain, .gz, .zst), Parquet, Arrow or CSV. ``*`` globs within the last path segments."""
 
-    uri: ObjectUri
+    uri: DataUri
     format: DataFormat | None = None  # absent: detected, or refused when ambiguous
     weight: Annotated[float, Field(gt=0.0, le=1000.0)] = 1.0  # copies per epoch; 0.5 takes half, 2 takes all twice
 
@@ -319,7 +327,7 @@ class CheckpointPolicy(SchemaModel):
 class Output(ObjectLocation):
     """Where artifacts and checkpoints go: ``<uri>/<namespace>/<name>/<uid>/``."""
 
-    uri: ObjectUri
+    uri: OutputUri
     format: OutputFormat | None = None  # absent: Adapter, or FullModel for method Full
 
 

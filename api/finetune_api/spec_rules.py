@@ -69,7 +69,7 @@ def sources(spec: FineTuneJobSpec) -> Iterator[tuple[str, DataSource]]:
 
 def _uris(spec: FineTuneJobSpec) -> Iterator[Problem]:
     for path, uri, _ in locations(spec):
-        trouble = uri_trouble(uri, is_model=path == "spec.model") if uri else None
+        trouble = uri_trouble(uri, path.split(".")[1]) if uri else None
         if trouble:
             yield Problem(f"{path}.uri", without_secrets(uri), *trouble)
 

@@ -101,7 +101,7 @@ def _problem(model: type[SchemaModel], entry: Mapping[str, Any], location: Path,
         guess = nearest(value, choices) if isinstance(value, str) else None
         return value, f"must be one of {', '.join(choices)}", f"did you mean {guess}?" if guess else "use one of them"
     if name == "uri" and isinstance(value, str):
-        trouble = uri_trouble(value, is_model=location[:1] == ("model",))
+        trouble = uri_trouble(value, str(location[0]))
         rule, remedy = trouble or ("is not a usable URI", "check its spelling")
         return without_secrets(value), rule, remedy
     if kind in {"string_pattern_mismatch", "string_too_short", "string_too_long"}:
@@ -133,7 +133,7 @@ def _text_problem(kind: str, value: str, context: Mapping[str, Any]) -> tuple[st
         return without_secrets(value), rule, remedy
     if kind == "string_too_short":
         return value, "must not be empty" if context["min_length"] == 1 else "is too short", "write it out"
-    return value, f"must have at most {context['max_length']} characters", "shorten it"
+    return without_secrets(value), f"must have at most {context['max_length']} characters", "shorten it"
 
 
 def _unknown_remedy(model: type[SchemaModel], location: Path) -> str:

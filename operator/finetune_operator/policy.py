@@ -52,7 +52,7 @@ def _hosts(spec: FineTuneJobSpec, settings: OperatorSettings) -> Iterator[Proble
         host = uri.partition("://")[2].partition("/")[0]
         if not allowed or uri.startswith(("pvc://", "file://")) or any(_host_matches(host, rule) for rule in allowed):
             continue
-        what = "repository owner" if uri.startswith("hf://") else "bucket"
+        what = {"hf": "repository owner", "az": "container"}.get(uri.partition("://")[0], "bucket")
         yield Problem(
             f"{path}.uri",
             without_secrets(uri),
@@ -66,14 +66,21 @@ def _host_matches(host: str, rule: str) -> bool:
 
 
 def _endpoints(spec: FineTuneJobSpec, settings: OperatorSettings) -> Iterator[Problem]:
-    """A named endpoint is a listed one. An ``s3://`` URI has to name one: its bucket belongs to whoever is asked."""
+    """A named endpoint is a listed one. ``s3://`` and ``az://`` have to name one: whoever is asked owns the bucket.
+
+    An Azure account stands in a Secret that only the pod sees; of ``gs://`` and ``hf://`` there is one owner.
+    """
     allowed = settings.uris.endpoints
     if not allowed:
         return
     listed = ", ".join(allowed)
-    default = any(settings.pod_defaults.environment.get(name) for name in VARIABLES["s3"] if name in ENDPOINT_VARIABLES)
+    own = settings.pod_defaults.environment
+    settled = {
+        scheme: any(own.get(name) for name in VARIABLES[scheme] if name in ENDPOINT_VARIABLES)
+        for scheme in ("s3", "az")
+    }
     for path, uri, location in locations(spec):
-        if location.endpoint is None and uri.startswith("s3://") and not default:
+        if location.endpoint is None and not settled.get(uri.partition("://")[0], True):
             rule = "is missing, and this cluster allows only listed endpoints"
             yield Problem(f"{path}.endpoint", None, rule, f"use {listed}")
         elif location.endpoint and _canonical(location.endpoint) not in {_canonical(endpoint) for endpoint in allowed}:
@@ -161,9 +168,7 @@ def _copied(metadata: Mapping[str, Any]) -> Iterator[Problem]:
         noun = "entry" if len(entries) == 1 else "entries"
         rule = f"has {len(entries)} {noun} ({format_bytes(size)}) to be copied to the Job"
         if len(entries) > MOST_COPIED or size > MOST_COPIED_BYTES:
-            remedy = (
-                f"keep at most {MOST_COPIED} and {format_bytes(MOST_COPIED_BYTES)} of finetune.dev/ and kueue.x-k8s.io/"
-            )
+            remedy = f"keep at most {MOST_COPIED} and {format_bytes(MOST_COPIED_BYTES)} of finetune.dev/"
             yield Problem(f"metadata.{field}", None, rule, remedy)
 
 

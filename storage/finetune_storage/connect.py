@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ipaddress
+import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +16,8 @@ from urllib.parse import urlsplit
 from obstore.store import AzureStore, GCSStore, LocalStore, S3Store
 
 from finetune_api.errors import StorageError
+from finetune_api.fields import ENDPOINT_PATTERN
+from finetune_api.uris import without_secrets
 from finetune_storage.uri import ObjectLocator
 
 AnyStore = AzureStore | GCSStore | LocalStore | S3Store
@@ -31,7 +36,6 @@ _GS_VARIABLES = {
     "GOOGLE_APPLICATION_CREDENTIALS": "application_credentials",
     "GOOGLE_SERVICE_ACCOUNT": "service_account",
     "GOOGLE_SERVICE_ACCOUNT_KEY": "service_account_key",
-    "GOOGLE_BASE_URL": "base_url",
     "GOOGLE_SKIP_SIGNATURE": "skip_signature",
 }
 _AZ_VARIABLES = {
@@ -43,9 +47,15 @@ _AZ_VARIABLES = {
     "AZURE_CLIENT_SECRET": "client_secret",
     "AZURE_TENANT_ID": "tenant_id",
     "AZURE_FEDERATED_TOKEN_FILE": "federated_token_file",
-    "AZURE_STORAGE_ENDPOINT": "endpoint",
     "AZURE_STORAGE_USE_EMULATOR": "use_emulator",
 }
+# Which server is asked, where the location itself does not say; the first that is set counts.
+_ENDPOINT_VARIABLES = {
+    "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
+    "gs": ("GOOGLE_BASE_URL",),
+    "az": ("AZURE_STORAGE_ENDPOINT",),
+}
+_GOOGLE = "https://storage.googleapis.com"
 
 
 @dataclass(frozen=True)
@@ -58,13 +68,18 @@ class Access:
     request_seconds: float = 120.0  # bound of one request, body included
 
     def resolved(self, scheme: str, environment: Mapping[str, str]) -> Access:
-        """Fill endpoint and region from the standard variables and check the endpoint."""
-        endpoint, region = self.endpoint, self.region
+        """Fill endpoint and region from the standard variables and check both: they become parts of a host name."""
+        found = (environment.get(name) for name in _ENDPOINT_VARIABLES.get(scheme, ()))
+        endpoint, region = self.endpoint or next(filter(None, found), None), self.region
         if scheme == "s3":
-            endpoint = endpoint or environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL") or None
             region = region or environment.get("AWS_REGION") or environment.get("AWS_DEFAULT_REGION") or None
         if endpoint:
             _check_endpoint(endpoint)
+        if region and not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", region):
+            raise StorageError(
+                "The region (AWS_REGION, AWS_DEFAULT_REGION or the region field) is none; "
+                "use letters, digits, '_' and '-', such as eu-central-1."
+            )
         return replace(self, endpoint=endpoint.rstrip("/") if endpoint else None, region=region)
 
 
@@ -111,16 +126,34 @@ def _has_s3_credentials(environment: Mapping[str, str]) -> bool:
 
 def _connect_gs(locator: ObjectLocator, access: Access, environment: Mapping[str, str]) -> GCSStore:
     config: dict[str, Any] = _from_environment(_GS_VARIABLES, environment)
-    if access.endpoint:
-        config["base_url"] = access.endpoint
-    return GCSStore(locator.bucket, config=config, **_transport(config.get("base_url"), access))  # type: ignore[arg-type]
+    _check_service_account(environment.get("GOOGLE_SERVICE_ACCOUNT_KEY") or "")
+    config["base_url"] = access.endpoint or _GOOGLE  # said explicitly: without it the key could name a server
+    return GCSStore(locator.bucket, config=config, **_transport(access.endpoint, access))  # type: ignore[arg-type]
+
+
+def _check_service_account(text: str) -> None:
+    """The key says who, never where. What is no JSON the library refuses."""
+    try:
+        key = json.loads(text)
+    except (ValueError, RecursionError):
+        return
+    if isinstance(key, dict) and "gcs_base_url" in key:
+        raise StorageError(
+            "GOOGLE_SERVICE_ACCOUNT_KEY names a server in gcs_base_url; remove it from the key, "
+            "and name the server as the endpoint."
+        )
 
 
 def _connect_az(locator: ObjectLocator, access: Access, environment: Mapping[str, str]) -> AzureStore:
     config: dict[str, Any] = _from_environment(_AZ_VARIABLES, environment)
+    account = config.get("account_name")
+    if account is not None and not re.fullmatch("[a-z0-9]{3,24}", account):  # it begins a host name
+        raise StorageError(
+            "AZURE_STORAGE_ACCOUNT_NAME is no name of a storage account; write 3 to 24 lower-case letters and digits."
+        )
     if access.endpoint:
         config["endpoint"] = access.endpoint
-    return AzureStore(locator.bucket, config=config, **_transport(config.get("endpoint"), access))  # type: ignore[arg-type]
+    return AzureStore(locator.bucket, config=config, **_transport(access.endpoint, access))  # type: ignore[arg-type]
 
 
 def _from_environment(variables: Mapping[str, str], environment: Mapping[str, str]) -> dict[str, Any]:
@@ -145,15 +178,21 @@ def _transport(endpoint: str | None, access: Access) -> dict[str, Any]:
 
 def _with_bucket(endpoint: str, bucket: str) -> str:
     parts = urlsplit(endpoint)
+    with suppress(ValueError):
+        ipaddress.ip_address(parts.hostname or "")
+        raise StorageError(
+            f"The storage endpoint '{endpoint}' has a number for a host, which no bucket can stand before; "
+            "set pathStyle: true."
+        )
     return f"{parts.scheme}://{bucket}.{parts.netloc}{parts.path}"
 
 
 def _check_endpoint(endpoint: str) -> None:
-    if "@" in endpoint:
+    if "@" in endpoint.partition("://")[2].partition("/")[0]:
         raise StorageError(
             "The storage endpoint holds user information before '@'; credentials belong in environment variables."
         )
-    if not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", endpoint):
+    if not re.fullmatch(ENDPOINT_PATTERN, endpoint):
         raise StorageError(
-            f"The storage endpoint '{endpoint}' is not an http:// or https:// URL; write for instance https://s3.example.com."
+            f"The storage endpoint '{without_secrets(endpoint)}' is not an http:// or https:// URL; write for instance https://s3.example.com."
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 from finetune_api.errors import StorageError
-from finetune_api.uris import CLAIMS_DIRECTORY, is_claim_name
+from finetune_api.uris import CLAIMS_DIRECTORY, is_bucket_name, is_claim_name
 
 SCHEMES = ("file", "s3", "gs", "az")
 CLAIMS_VARIABLE = "FINETUNE_CLAIMS_DIRECTORY"  # where PersistentVolumeClaims are mounted, if not at /mnt/pvc
@@ -77,9 +77,9 @@ def parse_uri(uri: str) -> ObjectLocator:
         )
     if scheme == "file":
         return _parse_file(uri, authority, slash + path)
-    if "?" in path and "=" in path:
+    if "=" in rest.partition("?")[2]:  # without '=' it is a wildcard
         raise StorageError(
-            f"The URI of bucket '{authority}' holds a query string; remove it, "
+            f"A {scheme}:// URI holds a query string after '?'; remove it, "
             "credentials and signatures belong in environment variables."
         )
     if not authority:
@@ -91,6 +91,11 @@ def parse_uri(uri: str) -> ObjectLocator:
                 f"'{authority}' in '{uri}' is no name of a PersistentVolumeClaim; write pvc://CLAIM/PATH."
             )
         path = unquote(path)
+    elif not is_bucket_name(authority):  # it becomes a part of a host name
+        raise StorageError(
+            f"A {scheme}:// URI names a bucket that cannot exist; use letters, digits, '.', '_' and '-' after a letter "
+            "or digit."
+        )
     if any(part in {".", ".."} for part in path.split("/")):
         raise StorageError(f"'{uri}' contains '.' or '..'; write the path out.")
     return ObjectLocator(scheme, authority, path)

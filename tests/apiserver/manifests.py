@@ -70,6 +70,12 @@ GOOD: dict[str, dict[str, Any]] = {
     "a model on a volume": _model(uri="pvc://claim/models/base"),
     "a model from scratch": _model(initialization="Random"),
     "an endpoint of its own": _model(endpoint="http://minio:9000", region="eu-west-1", pathStyle=True),
+    "an endpoint of one account": manifest(
+        output={"uri": "az://out", "endpoint": "https://ours.blob.core.windows.net/"}
+    ),
+    "an endpoint with a number": _model(endpoint="http://[fd00::1]:9000"),
+    "buckets with all that a name may have": _model(uri="s3://My.bucket_1-a"),
+    "wildcards of data": _train({"uri": "s3://data/day=1/part-?.jsonl"}),
     "credentials": _model(credentials={"secretName": "bucket"}),
     "all text formats": _train(*({"uri": f"gs://data/a.{end}"} for end in ("jsonl", "jsonl.gz", "parquet", "csv"))),
     "64 sources": _train(*({"uri": f"s3://data/part-{number}.jsonl"} for number in range(64))),
@@ -126,6 +132,23 @@ BAD: dict[str, dict[str, Any]] = {
     "a name with a dot": manifest(name="support.bot"),
     "nothing after the scheme": _model(uri="s3:///"),
     "a path with ..": _model(uri="s3://models/../base"),
+    **{
+        f"a bucket called {name}": _model(uri=f"s3://{name}/x")
+        for name in ("a?", "a#", "a\\", "a:80", "a*", ".a", "-a")
+    },
+    "a container that ends a host": manifest(output={"uri": "az://evil.example?.ours/x"}),
+    "a claim that ends a host": manifest(output={"uri": "pvc://claim?/x"}),
+    "an owner that is none": _model(uri="hf://evil?/base"),
+    "a model with a query": _model(uri="s3://models/base?X-Amz-Signature=0"),
+    "data with a query": _train({"uri": "s3://data/a.jsonl?X-Amz-Signature=0"}),
+    "data with a query after a wildcard": _train({"uri": "s3://data/part-?.jsonl?sig=0"}),
+    "an output with a query": manifest(output={"uri": "az://out/x?sig"}),
+    "an output with a fragment": manifest(output={"uri": "gs://out/x#y"}),
+    **{
+        f"an endpoint {rest}": _model(endpoint=f"https://s3.example{rest}")
+        for rest in ("/?sig=0", "?sig=0", "#x", "/x#y", "\\.evil.example", "/x\\y", ":", ":123456", "%2f.evil.example")
+    },
+    "an endpoint without a host": _model(endpoint="https:///x"),
     "credentials of a volume": _model(uri="pvc://claim/base", credentials={"secretName": "bucket"}),
     "a region of Google": manifest(output={"uri": "gs://out", "region": "eu-west-1"}),
     "path style of a volume": manifest(output={"uri": "pvc://claim/out", "pathStyle": True}),

@@ -11,6 +11,8 @@ import pytest
 from tests.apiserver.manifests import manifest
 from tests.apiserver.server import binary
 
+from finetune_api.fields import MODEL_URI_PATTERN
+
 _INVALID = 'The FineTuneJob "support-bot" is invalid: '
 # The API server's own words; it judges CEL only where the structure is sound.
 _REST = (
@@ -37,7 +39,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "a model without a scheme": (
         manifest(model={"uri": "meta/llama"}),
         f'{_INVALID}spec.model.uri: Invalid value: "meta/llama": spec.model.uri in body should match '
-        r"'^(hf|s3|gs|az|pvc|file)://[^\s@]+(@[0-9a-f]{40})?$'",
+        f"'{MODEL_URI_PATTERN}'",
     ),
     "a file of this machine": (
         manifest(dataset={"train": [{"uri": "file:///data/train.jsonl"}]}),

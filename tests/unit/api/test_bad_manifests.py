@@ -49,3 +49,8 @@ def test_no_message_repeats_a_password() -> None:
     for name in ("uri-with-password.yaml", "endpoint-with-password.yaml"):
         secret = "secret" if name.startswith("uri") else "user:pass"
         assert not [message for message in EXPECTED[name]["messages"] if f":{secret}@" in message or "pass@" in message]
+
+
+def test_no_message_repeats_a_signature() -> None:
+    for name in ("uri-with-signature.yaml", "endpoint-with-signature.yaml"):
+        assert not [message for message in EXPECTED[name]["messages"] if "secret" in message.replace("secretName", "")]

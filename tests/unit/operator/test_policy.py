@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from tests.unit.operator.build_shapes import IMAGE, SETTINGS, SHAPES, examples, smallest
 
+from finetune_api.errors import SpecError
 from finetune_api.validation import Place, parse_spec
 from finetune_operator.policy import policy_problems
 from finetune_operator.settings import OperatorSettings
@@ -57,7 +58,6 @@ def test_a_bucket_that_is_not_listed_is_refused() -> None:
         ("a.data", "*.data", True),
         ("a.b.data", "*.data", True),
         ("data", "*.data", False),
-        (".data", "*.data", False),
         ("adata", "*.data", False),
         ("x", "*", False),
     ],
@@ -98,6 +98,29 @@ def test_an_endpoint_that_the_administrator_has_set_for_everybody_need_not_be_na
         }
     )
     assert policy_problems(parse_spec(smallest()), settings) == []
+
+
+def test_a_container_of_azure_has_to_name_its_account_where_endpoints_are_listed() -> None:
+    account = "https://ours.blob.core.windows.net"
+    data = {"train": [{"uri": "az://data/x.jsonl", "endpoint": account}]}
+    spec = smallest(model={"uri": "pvc://models/base"}, dataset=data, output={"uri": "az://out/x"})
+    assert problems(spec, hosts=["data", "out"], endpoints=[account]) == [
+        f"spec.output.endpoint: is missing, and this cluster allows only listed endpoints; use {account}"
+    ]
+    assert problems(spec, hosts=["data"]) == [
+        "spec.output.uri: container 'out' is not allowed in this cluster ('az://out/x'); use data"
+    ]
+    for variable, count in (("AZURE_STORAGE_ENDPOINT", 0), ("AWS_ENDPOINT_URL", 1)):
+        rules = {"uris": {"endpoints": [account]}, "podDefaults": {"environment": {variable: account}}}
+        settings = OperatorSettings.model_validate({"trainerImage": IMAGE, **rules})
+        assert len(policy_problems(parse_spec(spec), settings)) == count
+
+
+@pytest.mark.parametrize("bucket", [".data", "evil.example?.data", "evil.example#.data", "evil\\.data", "evil:80.data"])
+@pytest.mark.parametrize("scheme", ["s3", "gs", "az"])
+def test_a_bucket_cannot_end_a_host_name_before_the_listed_one(scheme: str, bucket: str) -> None:
+    with pytest.raises(SpecError):
+        problems(smallest(output={"uri": f"{scheme}://{bucket}/x"}), hosts=["models", "*.data"])
 
 
 def test_a_hub_or_a_cloud_of_one_owner_needs_no_endpoint_but_may_not_be_another() -> None:
@@ -169,12 +192,12 @@ def test_an_accelerator_is_an_extended_resource(name: str, is_extended: bool) ->
 
 def test_labels_and_annotations_that_are_copied_are_bounded() -> None:
     many = {f"finetune.dev/{number}": "x" for number in range(33)}
-    long = {"kueue.x-k8s.io/note": "x" * 20_000, "team": "y" * 200_000}
+    long = {"finetune.dev/note": "x" * 20_000, "team": "y" * 200_000}
     assert problems(smallest(), metadata={"labels": many, "annotations": long}) == [
         "metadata.labels: has 33 entries (518 B) to be copied to the Job; "
-        "keep at most 32 and 16.0 KiB of finetune.dev/ and kueue.x-k8s.io/",
+        "keep at most 32 and 16.0 KiB of finetune.dev/",
         "metadata.annotations: has 1 entry (19.5 KiB) to be copied to the Job; "
-        "keep at most 32 and 16.0 KiB of finetune.dev/ and kueue.x-k8s.io/",
+        "keep at most 32 and 16.0 KiB of finetune.dev/",
     ]
     assert problems(smallest(), metadata={"annotations": {"team": "y" * 200_000}}) == []
 
