@@ -22,7 +22,7 @@ NAMESPACE = "finetune-system"
 
 _INSTALL_HEADER = f"""\
 # Made from charts/finetune-operator with its default values by `make deploy-manifests`; edit the chart instead.
-#     kubectl apply --server-side -f deploy/install.yaml
+#     sed 's#registry.invalid/#YOUR-REGISTRY/#' deploy/install.yaml | kubectl apply --server-side -f -
 apiVersion: v1
 kind: Namespace
 metadata:

@@ -104,7 +104,7 @@ class UriRules(SchemaModel):
     """Which places jobs may read from and write to. Empty lists of hosts and endpoints allow any."""
 
     schemes: tuple[str, ...] = ("s3", "gs", "az", "hf", "pvc")
-    hosts: tuple[str, ...] = ()  # bucket, account or repository owner; "*.suffix" allowed
+    hosts: tuple[str, ...] = ()  # bucket, container or repository owner; "*.suffix" allowed
     endpoints: tuple[str, ...] = ()
 
 
