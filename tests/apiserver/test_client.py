@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from finetune.cli import main
 from finetune_api.report import ArtifactManifest, Termination
 from finetune_api.status import FineTuneJobStatus, StatusArtifacts
 from finetune_storage import ObjectStore, commit, write_file
+from finetune_storage.artifact import write_pointer
 
 COMMAND = str(Path(sys.executable).with_name("finetune"))
 INDEX = "batch.kubernetes.io/job-completion-index"
@@ -57,6 +59,21 @@ class Shell:
         return subprocess.Popen(
             [COMMAND, *arguments],
             cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def start_hasty(self, *arguments: str, **seconds: float) -> subprocess.Popen[str]:
+        """``finetune logs`` whose patience (a constant of its module) is measured in seconds of a test."""
+        hasty = "".join(f"logs.{name} = {value}\n" for name, value in seconds.items())
+        program = (
+            "import sys\nfrom finetune.cli import main\nfrom finetune.cluster import logs\n"
+            f"{hasty}sys.exit(main(['logs', *sys.argv[1:]]))"
+        )
+        return subprocess.Popen(
+            [sys.executable, "-c", program, *arguments],
             env=self.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -403,6 +420,22 @@ def test_waiting_for_an_invalid_job_ends_with_code_10(shell: Shell, kube: Kube, 
     assert shell("wait", bot, "--for", "Running")[0] == 10
 
 
+def test_waiting_goes_on_once_an_invalid_spec_was_mended(shell: Shell, kube: Kube, bot: str) -> None:
+    status = FineTuneJobStatus(state="Invalid", message="no", conditions=(condition("Accepted", "False"),))
+    be_operator(kube, bot, status)
+    kube.patch("FineTuneJob", bot, {"spec": {"placement": {"nodeSelector": {"pool": "training"}}}})
+    with Proxy(kube.server) as proxy:
+        kube.server.write_kubeconfig(shell.folder / "proxied", url=proxy.url, namespace=kube.namespace)
+        waiting = shell.start("wait", bot, "--kubeconfig", "proxied")
+        kube.wait(
+            lambda: waiting.poll() is not None or [one for one in proxy.seen if one.is_watch],
+            "the old verdict was read, and news are waited for",
+            seconds=60,
+        )
+        be_operator(kube, bot, complete())
+        assert (waiting.communicate(timeout=60)[1], waiting.returncode) == ("", 0)
+
+
 def test_waiting_too_long_ends_with_code_124(shell: Shell, kube: Kube, bot: str) -> None:
     be_operator(kube, bot, running())
     started = time.monotonic()
@@ -486,12 +519,34 @@ def test_a_job_is_cancelled_only_after_a_yes(shell: Shell, kube: Kube, bot: str)
     assert kube.find("FineTuneJob", bot) is None
 
 
+def test_the_end_of_input_is_a_no(shell: Shell, kube: Kube, bot: str) -> None:
+    ours, theirs = pty.openpty()
+    asked = subprocess.Popen(
+        [COMMAND, "cancel", bot],
+        env=shell.environment,
+        stdin=theirs,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(theirs)
+    os.write(ours, b"\x04")  # Ctrl-D
+    said, complaint = asked.communicate(timeout=60)
+    os.close(ours)
+    question = f"delete the Unseen FineTuneJob 'bot' in the namespace '{kube.namespace}'? [y/N] \n"
+    assert (asked.returncode, said, complaint) == (1, question, "nothing was deleted\n")
+    assert kube.find("FineTuneJob", bot) is not None
+
+
 # ---- fetch, run
 
 
 def publish(folder: Path) -> tuple[str, str]:
     """A real artifact; its URI and the digest of its manifest."""
-    store = ObjectStore.open(f"file://{folder}/published/")
+    return publish_at(ObjectStore.open(f"file://{folder}/published/"))
+
+
+def publish_at(store: ObjectStore) -> tuple[str, str]:
     entries = tuple(write_file(store, name, name.encode() * 100) for name in ("adapter.bin", "adapter_config.json"))
     about = ArtifactManifest(
         job={"name": "bot"},
@@ -534,6 +589,41 @@ def test_an_artifact_that_is_not_the_reported_one_is_refused(shell: Shell, kube:
     assert not (shell.folder / bot).exists()
 
 
+@pytest.fixture
+def wordless(kube: Kube, s3_server: Any, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
+    """The job 'bot' is complete and the last word of its pod was lost; where it has published."""
+    for name, value in s3_server.environment.items():
+        if name != "AWS_ENDPOINT_URL":
+            monkeypatch.setenv(name, value)
+    place = {"uri": f"s3://bucket/{kube.namespace}", "endpoint": "http://minio.inside.the.cluster:9000"}
+    uid = kube.create(manifest(name="bot", output={**place, "pathStyle": True}))["metadata"]["uid"]
+    lost = condition("ArtifactsPublished", "Unknown", "LastWordLost")
+    conditions = (condition("Accepted"), lost, condition("Complete"))
+    be_operator(kube, "bot", FineTuneJobStatus(state="Complete", message="the pod is gone", conditions=conditions))
+    uri = f"{place['uri']}/{kube.namespace}/bot/{uid}/"
+    return ObjectStore.open(uri, endpoint=s3_server.endpoint, path_style=True)
+
+
+def test_an_artifact_whose_pod_said_no_last_word_is_found_by_its_pointer(
+    shell: Shell, wordless: ObjectStore, s3_server: Any
+) -> None:
+    fetch = ("fetch", "bot", "-o", "adapter", "--endpoint", s3_server.endpoint)
+    assert shell(*fetch) == (
+        1,
+        "",
+        f"the FineTuneJob 'bot' is Complete, but nothing is published at {wordless.uri}; the pod is gone\n",
+    )
+    uri, sha256 = publish_at(wordless.child("artifacts/0123456789ab/"))
+    write_pointer(wordless, "artifacts/0123456789ab", sha256)
+    assert shell(*fetch) == (
+        0,
+        "adapter: 2 files, 2.9 KiB, every digest verified (Adapter)\n",
+        f"the training pod's last word was lost: it did not confirm that the artifact is {uri}"
+        f" (manifest sha256 {sha256}), which the object storage names as the newest\n",
+    )
+    assert (shell.folder / "adapter" / "adapter.bin").read_bytes() == b"adapter.bin" * 100
+
+
 def test_a_job_without_an_artifact_says_how_to_wait_for_it(shell: Shell, kube: Kube, bot: str) -> None:
     be_operator(kube, bot, running())
     assert shell("fetch", bot) == (
@@ -565,9 +655,26 @@ def test_run_on_kubernetes_submits_follows_and_fetches(shell: Shell, kube: Kube)
     assert "Completed: completed after 1170 steps" in told.lines
 
 
+def test_a_fetch_that_failed_is_offered_again_as_it_was_meant(
+    shell: Shell, kube: Kube, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FINETUNE_STORAGE_RETRY_SECONDS", "1")
+    write(shell.folder, manifest(name="bot"))
+    kube.create(manifest(name="bot"))
+    be_operator(kube, "bot", complete())
+    options = ("--directory", "my adapter", "--endpoint", "http://127.0.0.1:9")
+    code, _, complaint = shell("run", "--on", "kubernetes", "job.yaml", *options)
+    assert code != 0
+    assert (
+        f"the job is complete; to fetch it later: finetune fetch bot --namespace {kube.namespace}"
+        " --directory 'my adapter' --endpoint http://127.0.0.1:9"
+    ) in complaint.splitlines()
+
+
 def test_ctrl_c_detaches_and_the_same_command_comes_back(shell: Shell, kube: Kube) -> None:
     write(shell.folder, manifest(name="bot"))
-    process = shell.start("run", "--on", "kubernetes", "job.yaml")
+    options = ("--no-fetch", "--endpoint", "http://s3:9000", "-o", "json", "--directory", "my adapter")
+    process = shell.start("run", "--on", "kubernetes", "job.yaml", *options)
     told = Reading(process.stderr)
     told.until(kube, "waiting for the operator: no operator has looked at it yet")
     process.send_signal(signal.SIGINT)
@@ -575,7 +682,8 @@ def test_ctrl_c_detaches_and_the_same_command_comes_back(shell: Shell, kube: Kub
     told.until(kube, f"to stop it: finetune cancel bot --namespace {kube.namespace}")
     assert told.lines[-3:-1] == [
         "detached; the job goes on in the cluster",
-        "to come back: finetune run --on kubernetes job.yaml",
+        "to come back: finetune run --on kubernetes job.yaml --directory 'my adapter' --endpoint http://s3:9000"
+        " --no-fetch --output json",
     ]
     be_operator(kube, "bot", failed())
     code, said, complaint = shell("run", "--on", "kubernetes", "job.yaml")
@@ -683,6 +791,59 @@ def test_logs_leave_a_pod_whose_node_is_lost_once_it_is_replaced(
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
     assert read.lines == ["step 1", "again from step 0"]
+
+
+def test_logs_that_cannot_be_read_say_so_and_end_with_the_job(
+    shell: Shell, kube: Kube, bot: str, kubelet: LogKubelet
+) -> None:
+    be_operator(kube, bot, running())
+    lost = run_pod(kube, kubelet, bot, 0, "aaaaa")
+    lost.write("step 1")
+    process = shell.start("logs", bot)
+    read, told = Reading(process.stdout), Reading(process.stderr)
+    read.until(kube, "step 1")
+    lost.refused = lost.broken = True  # its kubelet no longer answers, and nothing replaces the pod
+    cannot = "the output of pod ftj-bot-0-aaaaa cannot be read: "
+    kube.wait(lambda: [line for line in told.lines if line.startswith(cannot)], "it is told", seconds=60)
+    assert told.lines[-1].endswith("; trying again")
+    lost.refused = lost.broken = False
+    lost.write("step 2")
+    read.until(kube, "step 2")
+    lost.refused = lost.broken = True
+    be_operator(kube, bot, failed())
+    assert process.wait(60) == 1
+    told.until(kube, "the FineTuneJob 'bot' is Failed: train.jsonl:7 is not a conversation")
+    kube.wait(lambda: told.lines[-1].startswith(cannot), "the last sentence", seconds=60)
+    assert not told.lines[-1].endswith("trying again")
+    assert len([line for line in told.lines if line.endswith("trying again")]) == 1
+    assert read.lines == ["step 1", "step 2"]
+
+
+def test_logs_leave_a_pod_that_could_not_be_read_for_too_long(
+    shell: Shell, kube: Kube, bot: str, kubelet: LogKubelet
+) -> None:
+    be_operator(kube, bot, running())
+    run_pod(kube, kubelet, bot, 0, "aaaaa").refused = True
+    said, complaint = shell.start_hasty(bot, OUTAGE_SECONDS=4).communicate(timeout=60)
+    title, trying, last = complaint.splitlines()
+    assert (said, title) == ("", f"--- pod ftj-bot-0-aaaaa on node {kubelet.node} ---")
+    cannot = trying.removesuffix("; trying again")
+    assert cannot.startswith("the output of pod ftj-bot-0-aaaaa cannot be read: ")
+    assert last == f"{cannot}; this has lasted 4 s and the job is Running"
+
+
+def test_logs_wait_in_silence_for_a_quiet_pod(shell: Shell, kube: Kube, bot: str, kubelet: LogKubelet) -> None:
+    be_operator(kube, bot, running())
+    log = run_pod(kube, kubelet, bot, 0, "aaaaa")
+    log.write("step 1")
+    process = shell.start_hasty(bot, _SILENCE_SECONDS=0.5, OUTAGE_SECONDS=2)
+    read, told = Reading(process.stdout), Reading(process.stderr)
+    kube.wait(lambda: len(log.requests) >= 5, "the stream was opened again and again", seconds=60)
+    log.write("step 2")
+    read.until(kube, "step 1", "step 2")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert [line for line in told.lines if "cannot be read" in line] == []
 
 
 def test_logs_end_when_their_reader_goes_away(shell: Shell, kube: Kube, bot: str, kubelet: LogKubelet) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -179,7 +180,11 @@ def _confirmed(job: Job) -> bool:
     if not sys.stdin.isatty():
         raise ClusterError(f"nobody can be asked here whether to delete the FineTuneJob '{job.name}'", "add --yes")
     question = f"delete the {job.state} FineTuneJob '{job.name}' in the namespace '{job.namespace}'? [y/N] "
-    return input(question).strip().lower() in {"y", "yes"}
+    try:
+        return input(question).strip().lower() in {"y", "yes"}
+    except EOFError:  # Ctrl-D
+        print()
+        return False
 
 
 def fetch(options: Namespace) -> int:
@@ -189,9 +194,20 @@ def fetch(options: Namespace) -> int:
 
     job = _cluster(options).job(options.job)
     fetched = download(job, options.directory or Path(job.name), options.endpoint)
+    _say_confirmed(fetched)
     files = f"{fetched.files} file" + ("s" if fetched.files != 1 else "")
     print(f"{fetched.directory}: {files}, {format_bytes(fetched.bytes)}, every digest verified ({fetched.format})")
     return 0
+
+
+def _say_confirmed(fetched: Any) -> None:
+    """Nothing, unless the digest of the manifest is known from the object storage alone."""
+    if not fetched.confirmed:
+        print(
+            f"the training pod's last word was lost: it did not confirm that the artifact is {fetched.uri}"
+            f" (manifest sha256 {fetched.manifest_sha256}), which the object storage names as the newest",
+            file=sys.stderr,
+        )
 
 
 def run(options: Namespace) -> int:
@@ -233,11 +249,13 @@ def _finish(job: Job, options: Namespace) -> int:
         print(f"  {name} {value:.6g}", file=stream)
     try:
         if wanted:
-            download(job, directory, options.endpoint)
-            result = result.model_copy(update={"fetched_to": str(directory)})
+            fetched = download(job, directory, options.endpoint)
+            _say_confirmed(fetched)
+            known = result.artifacts or fetched.artifacts
+            result = result.model_copy(update={"fetched_to": str(directory), "artifacts": known})
             print(f"fetched to {directory}, every digest verified", file=stream)
     except Exception:
-        print(f"the job is complete; to fetch it later: {again(options, 'fetch', job)}", file=sys.stderr)
+        print(f"the job is complete; to fetch it later: {_fetch_again(job, options)}", file=sys.stderr)
         raise
     finally:
         if options.output == "json":
@@ -249,27 +267,27 @@ def _finish(job: Job, options: Namespace) -> int:
 
 def again(options: Namespace, command: str, job: Job) -> str:
     """A command line about this job, with the same cluster options."""
-    words = [program(), command, job.name, *_place(options)]
-    if job.namespace != "default" or options.namespace:
-        words += ["--namespace", job.namespace]
-    return " ".join(words)
+    return _line(command, job.name, *_given(options, "kubeconfig", "context"), "--namespace", job.namespace)
 
 
-def _place(options: Namespace) -> list[str]:
-    words: list[str] = []
-    for name in ("kubeconfig", "context"):
-        if value := getattr(options, name):
-            words += [f"--{name}", str(value)]
-    return words
+def _fetch_again(job: Job, options: Namespace) -> str:
+    return " ".join([again(options, "fetch", job), *map(shlex.quote, _given(options, "directory", "endpoint"))])
 
 
 def _run_again(options: Namespace) -> str:
-    words = [program(), "run", "--on", "kubernetes", options.manifest, *_place(options)]
-    if options.namespace:
-        words += ["--namespace", options.namespace]
-    if options.directory:
-        words += ["--directory", str(options.directory)]
-    return " ".join(words)
+    words = _given(options, "kubeconfig", "context", "namespace", "directory", "endpoint")
+    words += ["--no-fetch"] if options.no_fetch else []
+    words += ["--output", options.output] if options.output != "text" else []
+    return _line("run", "--on", "kubernetes", options.manifest, *words)
+
+
+def _given(options: Namespace, *names: str) -> list[str]:
+    """Those of these options that were given, as words of a command line."""
+    return [word for name in names if (value := getattr(options, name)) for word in (f"--{name}", str(value))]
+
+
+def _line(*words: str) -> str:
+    return f"{program()} {shlex.join(words)}"
 
 
 def _cluster(options: Namespace) -> Cluster:

@@ -105,6 +105,14 @@ def translate(error: Exception, request: Request, server: str) -> ClusterError:
     return ClusterUnreachable(f"the API server at {server} answered {error.status} to {request}: {said}", "try again")
 
 
+def reason_of(error: Exception) -> str:
+    """Why a request failed, in the words of whoever refused it, without saying which request."""
+    if not isinstance(error, ApiException):
+        return _network_words(error)
+    reason = str(error.reason or "").partition(" -+-+- ")[0]  # of a refused handshake only its first line
+    return str(_status(error).get("message") or reason or error.status)
+
+
 def _network_words(error: BaseException) -> str:
     if isinstance(error, MaxRetryError) and error.reason is not None:
         error = error.reason

@@ -92,8 +92,7 @@ class Job:
             known = self.condition(kind)
             if known is not None and known.status == "True":
                 return kind
-        accepted = self.condition("Accepted")
-        return INVALID if accepted is not None and accepted.status == "False" else None
+        return INVALID if self.holds("Accepted", "False") else None  # a spec that was mended is not judged yet
 
     @property
     def exit_class(self) -> ExitClass:

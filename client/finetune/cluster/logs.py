@@ -12,18 +12,27 @@ from typing import Any
 
 from kubernetes.client.exceptions import ApiException
 from kubernetes.stream import stream
-from urllib3.exceptions import HTTPError
+from urllib3.exceptions import HTTPError, ReadTimeoutError
 from websocket import WebSocketException
 
 from finetune.cluster import rank_log
 from finetune.cluster.api import CONNECT_SECONDS, OUTAGE_SECONDS, Cluster
-from finetune.cluster.errors import ClusterError, JobNotFound, Request, is_transient, translate
+from finetune.cluster.errors import (
+    ClusterError,
+    ClusterUnreachable,
+    JobNotFound,
+    Request,
+    is_transient,
+    reason_of,
+    translate,
+)
 from finetune.cluster.job import Job
 from finetune.cluster.pods import CONTAINER, TrainerPod, trainer_pods
 
 LOG_DIRECTORY = "/work/run/logs"
 _POLL_SECONDS = 1.0
 _REPLACED_TRIES = 2
+_TRIES = 3  # failures in a row that are told, and that end the reading once the job has ended
 _SILENCE_SECONDS = 30.0  # a stream without a line for so long is opened anew: the connection may be dead
 _OVERLAP_SECONDS = 5
 _HANDSHAKE = re.compile(r"Handshake status (?P<code>\d+)")
@@ -41,13 +50,34 @@ class Reader:
 
 @dataclass
 class Position:
-    """What has been read of one container's log."""
+    """What has been read of one container's log, and what stands in the way of more."""
 
     stamp: str = ""  # time of the newest line, as the kubelet wrote it
     at_stamp: int = 0  # lines of that very time
     read_at: float = field(default_factory=time.monotonic)
     bytes: int = 0  # of a rank's files
-    failures: int = 0  # in a row
+    failures: int = 0  # in a row, without a new line between
+    refusals: int = 0  # in a row, without an answer between
+    refused_since: float = 0.0
+    answered: bool = False  # whoever was asked last
+    told: bool = False  # that it is refused
+    trouble: str = ""
+
+    def answer(self) -> None:
+        """The kubelet answers: whatever breaks now, its output can be read."""
+        self.answered, self.refusals, self.told = True, 0, False
+
+    def fail(self, error: Exception, followed: bool) -> None:
+        """Count ``error``. A followed stream in which nothing was said for long is no failure."""
+        silent = followed and isinstance(getattr(error, "reason", error), ReadTimeoutError)
+        if silent and self.answered:
+            return
+        self.failures += 1
+        self.trouble = reason_of(error)
+        # A kubelet answers with the first line, and repeats one that is known: before that its silence says nothing.
+        if not self.answered and not (silent and not self.stamp):
+            self.refused_since = self.refused_since if self.refusals else time.monotonic()
+            self.refusals += 1
 
 
 def node_of_rank(job: Job, rank: int) -> int:
@@ -70,6 +100,9 @@ def print_logs(cluster: Cluster, name: str, rank: int, reader: Reader) -> None:
 
     Rank 0 writes to its pod's standard output, beside the launcher; other ranks write to files in their pods, which
     are read through exec while the pod runs.
+
+    Raises:
+        ClusterError: the output of a pod that nothing replaces cannot be read.
     """
     job = cluster.job(name)
     index = node_of_rank(job, rank)
@@ -79,17 +112,24 @@ def print_logs(cluster: Cluster, name: str, rank: int, reader: Reader) -> None:
     done: set[str] = set()
     waited_for = ""
     while True:
-        pod = _next_pod(cluster, job, index, done)
+        pod, position = _next_pod(cluster, job, index, done), None
         if pod is not None and pod.started:
             if pod.uid not in seen:
                 reader.say(_title(pod))
-            if _read_pod(cluster, pod, rank, seen.setdefault(pod.uid, Position()), reader):
+            position = seen.setdefault(pod.uid, Position())
+            if _read_pod(cluster, pod, rank, position, reader):
                 done.add(pod.uid)
-            reader.tail = None
-            continue
-        fresh = _again(cluster, job)
+            if position.stamp or pod.uid in done:
+                reader.tail = None
+            if not position.failures or pod.uid in done:
+                continue
+        fresh = _again(cluster, job)  # also while a pod cannot be read: it must not hide the end of the job
         if fresh is None:
             return reader.say(f"the FineTuneJob '{name}' was deleted")
+        if pod is not None and position is not None:
+            if _left(pod, position, fresh, reader):
+                done.add(pod.uid)
+            continue
         if fresh.ended is not None:
             return reader.say(_ended(fresh, bool(seen)))
         if (words := _waiting(fresh, pod)) != waited_for:
@@ -157,7 +197,9 @@ def _read_pod(cluster: Cluster, pod: TrainerPod, rank: int, position: Position, 
     if rank != 0 and pod.ended:
         if position.bytes:
             return True
-        reader.say(f"rank {rank}'s own file is gone with its pod; this is the output of the launcher there")
+        if not position.failures:
+            reader.say(f"rank {rank}'s own file is gone with its pod; this is the output of the launcher there")
+    position.answered = False
     lines = (_rank_lines if by_exec else _lines)(cluster, pod, rank, position, reader)
     while True:
         try:
@@ -165,10 +207,14 @@ def _read_pod(cluster: Cluster, pod: TrainerPod, rank: int, position: Position, 
         except (ApiException, HTTPError, OSError, WebSocketException) as error:
             verb, resource = ("create", "pods/exec") if by_exec else ("get", "pods/log")
             request = Request(verb, resource, cluster.namespace, pod.name)
-            return _given_up(cluster, request, error, reader) or _failed_again(pod, position)
+            if _given_up(cluster, request, error, reader):
+                return True
+            position.fail(error, followed=_is_followed(pod, reader))
+            time.sleep(_POLL_SECONDS)
+            return False
+        position.failures = 0
         if line is None:
             break
-        position.failures = 0
         reader.write(line)
     if not pod.ended and reader.follow:  # the container has ended and nobody has said so yet
         time.sleep(_POLL_SECONDS)
@@ -183,19 +229,38 @@ def _given_up(cluster: Cluster, request: Request, error: Exception, reader: Read
     if status is not None and status != 400 and not is_transient(error):  # 400: its container is about to start
         raise translate(error, request, cluster.connection.server) from error
     if not reader.follow:
-        raise ClusterError(f"the output of pod {request.name} cannot be read: {_words(error)}", "try again") from error
+        raise ClusterError(_unreadable(request.name, reason_of(error)), "try again") from error
     return False
 
 
-def _failed_again(pod: TrainerPod, position: Position) -> bool:
-    """Whether to leave a pod that another has replaced: its node may never answer again."""
-    position.failures += 1
-    time.sleep(_POLL_SECONDS)
-    return pod.replaced and position.failures >= _REPLACED_TRIES
+def _left(pod: TrainerPod, position: Position, job: Job, reader: Reader) -> bool:
+    """Whether to go on without a pod that could not be read: its node may never answer again.
+
+    Raises:
+        ClusterUnreachable: there is nothing to go on to.
+    """
+    trouble = _unreadable(pod.name, position.trouble)
+    if pod.replaced and position.failures >= _REPLACED_TRIES:
+        reader.say(f"{trouble}; going on with the pod that replaced it")
+        return True
+    if job.ended is not None and position.failures >= _TRIES:
+        reader.say(_ended(job, shown=True))
+        raise ClusterUnreachable(trouble)
+    if position.refusals and time.monotonic() - position.refused_since > OUTAGE_SECONDS:
+        raise ClusterUnreachable(trouble, f"this has lasted {OUTAGE_SECONDS:g} s and the job is {job.state}")
+    if position.refusals >= _TRIES and not position.told:
+        reader.say(f"{trouble}; trying again")
+        position.told = True
+    return False
 
 
-def _words(error: Exception) -> str:
-    return str(getattr(error, "reason", "") or error)
+def _unreadable(pod: str, why: str) -> str:
+    return f"the output of pod {pod} cannot be read: {why}"
+
+
+def _is_followed(pod: TrainerPod, reader: Reader) -> bool:
+    """Whether more may be written to its standard output."""
+    return reader.follow and not pod.ended and not pod.replaced
 
 
 def _lines(cluster: Cluster, pod: TrainerPod, _rank: int, position: Position, reader: Reader) -> Iterator[str]:
@@ -209,7 +274,7 @@ def _lines(cluster: Cluster, pod: TrainerPod, _rank: int, position: Position, re
         pod.name,
         cluster.namespace,
         container=CONTAINER,
-        follow=reader.follow and not pod.ended and not pod.replaced,
+        follow=_is_followed(pod, reader),
         timestamps=True,
         _preload_content=False,
         _request_timeout=(CONNECT_SECONDS, _SILENCE_SECONDS),
@@ -220,6 +285,7 @@ def _lines(cluster: Cluster, pod: TrainerPod, _rank: int, position: Position, re
             refused = ApiException(status=answer.status, reason=answer.reason)
             refused.body = answer.read().decode("utf-8", errors="replace")
             raise refused
+        position.answer()
         yield from new_lines(_split(answer.stream(4096, decode_content=False)), position)
     finally:
         answer.close()
@@ -254,6 +320,7 @@ def _rank_lines(cluster: Cluster, pod: TrainerPod, rank: int, position: Position
     """New lines of a rank's own log files in a running pod."""
     mode = "follow" if reader.follow else "once"
     socket = _open_exec(cluster, pod, [LOG_DIRECTORY, str(rank), str(position.bytes), mode])
+    position.answer()
     rest, heard_at = b"", time.monotonic()
     try:
         while socket.is_open() and time.monotonic() - heard_at < _SILENCE_SECONDS:

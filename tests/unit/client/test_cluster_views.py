@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from kubernetes.client.exceptions import ApiException
 from tests.unit.client.jobs import NOW, SHA256, at, complete, condition, failed, make_job, plan, raw_job, running
+from urllib3 import HTTPSConnectionPool
+from urllib3.exceptions import MaxRetryError, ReadTimeoutError
 
 from finetune.cluster import rank_log
 from finetune.cluster.errors import ClusterError
@@ -196,6 +199,17 @@ def test_a_condition_of_an_older_spec_does_not_count() -> None:
     assert not read_job_object(raw).holds("Running")
 
 
+def test_a_job_whose_spec_was_mended_is_not_invalid_any_more() -> None:
+    raw = raw_job(FineTuneJobStatus(state="Invalid", message="no", conditions=(condition("Accepted", "False"),)))
+    assert read_job_object(raw).ended == "Invalid"
+    raw["metadata"]["generation"] = 2
+    assert read_job_object(raw).ended is None
+
+
+def test_what_has_ended_for_good_stays_so_whatever_becomes_of_the_spec() -> None:
+    assert [make_job(status, generation=2).ended for status in (complete(), failed())] == ["Complete", "Failed"]
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(5, "5s"), (119, "119s"), (130, "2m10s"), (3000, "50m"), (13_000, "3h36m"), (100_000, "27h"), (3e6, "34d")],
@@ -243,6 +257,33 @@ def test_lines_that_a_resumed_stream_repeats_are_left_out() -> None:
     assert list(new_lines(iter(first), position)) == ["a", "b", "c"]
     again = [*first[1:], "2026-11-21T12:00:00.2Z d", "2026-11-21T12:00:00.3Z "]
     assert list(new_lines(iter(again), position)) == ["d", ""]
+
+
+def silence() -> MaxRetryError:
+    pool = HTTPSConnectionPool("cluster")
+    return MaxRetryError(pool, "/log", ReadTimeoutError(pool, "/log", "Read timed out. (read timeout=30.0)"))
+
+
+def test_a_pod_that_says_nothing_for_long_can_be_read_all_the_same() -> None:
+    position = Position(stamp="2026-11-21T12:00:00.1Z")
+    position.answer()
+    position.fail(silence(), followed=True)
+    assert (position.failures, position.refusals) == (0, 0)
+    unheard = Position()  # a kubelet answers with the first line: there may be none yet
+    unheard.fail(silence(), followed=True)
+    assert (unheard.failures, unheard.refusals) == (1, 0)
+
+
+def test_a_kubelet_that_does_not_repeat_what_is_known_does_not_answer() -> None:
+    position = Position(stamp="2026-11-21T12:00:00.1Z")
+    for _ in range(2):
+        position.fail(silence(), followed=True)
+    assert (position.failures, position.refusals) == (2, 2)
+    position.answer()
+    assert position.refusals == 0
+    position.answered = False
+    position.fail(ApiException(status=0, reason="Handshake status 502 Bad Gateway -+-+- {} -+-+- b''"), followed=True)
+    assert (position.refusals, position.trouble) == (1, "Handshake status 502 Bad Gateway")
 
 
 def pod(name: str, termination: Termination | None, exit_code: int = 33, index: int = 0) -> TrainerPod:
