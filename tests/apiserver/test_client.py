@@ -305,8 +305,8 @@ def test_a_cluster_without_the_crd_is_told_how_to_install_it(
     assert (ended.returncode, ended.stderr) == (
         1,
         "this cluster does not know FineTuneJobs (the CustomResourceDefinition finetunejobs.absent.finetune.dev is not"
-        " installed); install the operator: helm install finetune-operator charts/finetune-operator"
-        " --namespace finetune-system --create-namespace\n",
+        " installed); install the operator (docs/install.md: which images to name): helm install finetune-operator"
+        " charts/finetune-operator --namespace finetune-system --create-namespace\n",
     )
 
 

@@ -159,7 +159,7 @@ def _not_found(status: Mapping[str, Any], request: Request) -> ClusterError:
     if request.resource == JOBS and status.get("kind") != "Status":
         return ClusterError(
             f"this cluster does not know FineTuneJobs (the CustomResourceDefinition {JOBS} is not installed)",
-            f"install the operator: {INSTALL}",
+            f"install the operator (docs/install.md: which images to name): {INSTALL}",
         )
     if (status.get("details") or {}).get("kind") == "namespaces":
         return ClusterError(
