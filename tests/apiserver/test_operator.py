@@ -6,6 +6,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -139,12 +140,12 @@ def test_a_finished_job_is_removed_when_its_time_is_over(there: Stage) -> None:
 
 
 def test_a_lease_is_let_go_on_sigterm_and_outlives_a_kill(job_server: RunningServer, tmp_path: Path) -> None:
-    with stage(job_server, tmp_path / "a") as there:
+    with ExitStack() as ends, stage(job_server, tmp_path / "a") as there:
         lease = {
             "enabled": True,
             "namespace": there.kube.namespace,
-            "durationSeconds": 4,
-            "renewDeadlineSeconds": 3,
+            "durationSeconds": 8,  # the machine is busy with other tests
+            "renewDeadlineSeconds": 7,
             "retrySeconds": 1,
         }
         configuration = settings(there.kube.namespace, lease=lease)
@@ -153,6 +154,7 @@ def test_a_lease_is_let_go_on_sigterm_and_outlives_a_kill(job_server: RunningSer
             folder = tmp_path / name
             folder.mkdir()
             process = OperatorProcess(folder, tmp_path / "a" / "kubeconfig", configuration)
+            ends.callback(process.close)
             process.start()
             return process
 
@@ -174,13 +176,13 @@ def test_a_lease_is_let_go_on_sigterm_and_outlives_a_kill(job_server: RunningSer
         there.kube.wait(lambda: "standing by" in third.log, "the third replica stands by")
         started = time.monotonic()
         second.kill()
-        there.kube.wait(lambda: holder() != name, "the third replica holds the lease")
+        there.kube.wait(lambda: holder() != name, "the third replica holds the lease", 40)
         taken = time.monotonic() - started
         there.kube.create(job())
         there.kube.wait(lambda: there.kube.find("Job", f"ftj-{NAME}"), "the third replica works")
         third.stop()
-        assert released < 3
-        assert taken < 8
+        assert released < 5  # sooner than a lease that was not let go
+        assert taken < 20
 
 
 # ---- rights ----------------------------------------------------------------------------------------------------------
