@@ -192,15 +192,23 @@ class Proxy:
         headers = {name: value for name, value in request.headers.items() if name.lower() not in _HOP_BY_HOP}
         url = self._server.url + request.raw_path
         body = await request.read()
-        async with self._session.request(request.method, _raw(url), headers=headers, data=body or None) as upstream:
-            if seen.is_watch:
+        if seen.is_watch:
+            async with self._session.request(request.method, _raw(url), headers=headers) as upstream:
                 self._note(seen, upstream.status, None)
                 return await self._stream(request, upstream)
-            answer = await upstream.read()
-        self._note(seen, upstream.status, fault)
+        # The API server does what it was asked even if the caller is killed meanwhile: it is noted all the same.
+        upstream, answer = await asyncio.shield(self._forward(request.method, url, headers, body, seen, fault))
         if fault is not None and fault.drop == "after":
             return _status(fault) if fault.code else self._cut(request, None, 0, fault)
         return await self._answer(request, seen, upstream, answer)
+
+    async def _forward(
+        self, method: str, url: str, headers: dict[str, str], body: bytes, seen: Seen, fault: Fault | None
+    ) -> tuple[aiohttp.ClientResponse, bytes]:
+        async with self._session.request(method, _raw(url), headers=headers, data=body or None) as upstream:
+            answer = await upstream.read()
+        self._note(seen, upstream.status, fault)
+        return upstream, answer
 
     async def _answer(
         self, request: web.Request, seen: Seen, upstream: aiohttp.ClientResponse, body: bytes
