@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from tests.s3 import server_module
+from tests.tiers import cannot_run
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +33,4 @@ def _start(directory: Any) -> Any:
     try:
         return module.S3Server(directory).start()
     except module.ServerUnavailable as error:
-        if os.environ.get("CI"):
-            pytest.fail(f"the S3 tests must run in CI: {error}")
-        pytest.skip(f"S3 TESTS NOT RUN: {error}")
+        cannot_run("S3", error)

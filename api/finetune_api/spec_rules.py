@@ -22,6 +22,7 @@ from finetune_api.spec import (
     OptimizerType,
     ScheduleType,
     StrategyType,
+    Toleration,
 )
 from finetune_api.uris import uri_trouble, without_secrets
 
@@ -282,14 +283,16 @@ def _amounts(spec: FineTuneJobSpec) -> Iterator[Problem]:
 
 def _tolerations(spec: FineTuneJobSpec) -> Iterator[Problem]:
     for index, toleration in enumerate(spec.placement.tolerations):
-        path = f"spec.placement.tolerations[{index}]"
-        if toleration.operator == "Exists" and toleration.value:
-            yield Problem(
-                f"{path}.value", toleration.value, "operator Exists takes no value", "remove it, or use Equal"
-            )
-        if toleration.toleration_seconds is not None and toleration.effect != "NoExecute":
-            rule = "only effect NoExecute is tolerated for a time"
-            yield Problem(f"{path}.tolerationSeconds", toleration.toleration_seconds, rule, "set effect: NoExecute")
+        yield from toleration_problems(toleration, f"spec.placement.tolerations[{index}]")
+
+
+def toleration_problems(toleration: Toleration, path: str) -> Iterator[Problem]:
+    """Fields of one toleration that do not go together."""
+    if toleration.operator == "Exists" and toleration.value:
+        yield Problem(f"{path}.value", toleration.value, "operator Exists takes no value", "remove it, or use Equal")
+    if toleration.toleration_seconds is not None and toleration.effect != "NoExecute":
+        rule = "only effect NoExecute is tolerated for a time"
+        yield Problem(f"{path}.tolerationSeconds", toleration.toleration_seconds, rule, "set effect: NoExecute")
 
 
 def _place(placed: Placed) -> Iterator[Problem]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from finetune_api.fields import AUTHORITY
+from finetune_api.kubernetes_names import is_subdomain
 from finetune_api.names import nearest
 
 MODEL_SCHEMES = ("hf", "s3", "gs", "az", "pvc", "file")
@@ -38,10 +39,7 @@ def claim_of(uri: str) -> str | None:
 
 def is_claim_name(name: str) -> bool:
     """Whether a PersistentVolumeClaim can be called so (DNS subdomain)."""
-    return (
-        len(name) <= 253
-        and re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*", name) is not None
-    )
+    return is_subdomain(name)
 
 
 def uri_trouble(uri: str, block: str) -> tuple[str, str] | None:

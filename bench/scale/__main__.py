@@ -83,19 +83,19 @@ def _enter_a_network_of_its_own() -> NoReturn:
 
 async def _measure(options: argparse.Namespace, directory: Path, results: Results) -> None:
     status = None
-    async with trainers():
-        if "floor" in options.only:
-            with Plane(directory) as plane:
-                results.floor += await _floor(options, plane)
-        if "operator" in options.only:
-            with Plane(directory) as plane:
+    if "floor" in options.only:
+        with Plane(directory) as plane:
+            results.floor += await _floor(options, plane)
+    if "operator" in options.only:
+        with Plane(directory) as plane:
+            async with trainers(plane.server):
                 status = await _operator(options, plane, results)
-        if "floor" in options.only:  # again: a machine may be faster or slower by then
-            with Plane(directory) as plane:
-                results.floor_after += await _floor(options, plane)
-        if "idle" in options.only:
-            with Plane(directory, nodes=0) as plane:
-                await _idle(options, plane, results, status)
+    if "floor" in options.only:  # again: a machine may be faster or slower by then
+        with Plane(directory) as plane:
+            results.floor_after += await _floor(options, plane)
+    if "idle" in options.only:
+        with Plane(directory, nodes=0) as plane:
+            await _idle(options, plane, results, status)
 
 
 async def _floor(options: argparse.Namespace, plane: Plane) -> list[Rollout]:

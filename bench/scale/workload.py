@@ -15,6 +15,8 @@ NODES_PER_JOB = 2
 JOBS = "/apis/batch/v1/namespaces/{}/jobs"
 PODS = "/api/v1/namespaces/{}/pods"
 FINETUNEJOBS = f"/apis/{API_GROUP}/{API_VERSION}/namespaces/{{}}/{PLURAL}"
+ALL_FINETUNEJOBS = f"/apis/{API_GROUP}/{API_VERSION}/{PLURAL}"
+ALL_PODS = "/api/v1/pods"
 SERVICES = "/api/v1/namespaces/{}/services"
 
 # What people write: LoRA on two nodes with a GPU each.

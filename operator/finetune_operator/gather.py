@@ -86,8 +86,8 @@ class Gatherer:
         newest = {pod.index: pod for pod in pods}  # sorted by age
         living = [pod for pod in newest.values() if pod.address and not pod.ended]
         pages = await asyncio.gather(*(self._page(pod) for pod in living))
-        nobodys_or_ours = (None, resource["metadata"]["uid"])  # another job may have got the address meanwhile
-        ours = [page for page in pages if page is not None and page.job.get("uid") in nobodys_or_ours]
+        uid = resource["metadata"]["uid"]  # a pod of another job may have got the address meanwhile
+        ours = [page for page in pages if page is not None and page.job.get("uid") == uid]
         return tuple(sorted(ours, key=lambda page: page.node_rank))
 
     async def _page(self, pod: PodView) -> Progress | None:

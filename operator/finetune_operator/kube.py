@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -30,10 +31,8 @@ FIELD_MANAGER = "finetune-operator"
 PROGRESS_MANAGER = "finetune-operator-progress"
 REQUEST_SECONDS = 30.0
 _PAGE = 500
-_PAUSES_AFTER_A_BROKEN_CONNECTION = (
-    0.05,
-    0.2,
-)  # seconds; a look that failed would wait longer, and ask everything anew
+# Seconds. A look that failed would wait longer, and ask everything anew.
+_PAUSES_AFTER_A_BROKEN_CONNECTION = (0.05, 0.2)
 _BROKEN = "Disconnected"
 _SAME_TIME = timedelta(seconds=3)
 
@@ -209,14 +208,15 @@ class Kube:
         verb: str = "",
     ) -> Object:
         """Send it, and again if the connection broke: every write of ours may arrive twice (then it gets a 409)."""
+        send = partial(self._send, method, kind, path, query, body, content_type, verb or method.lower())
         for pause in _PAUSES_AFTER_A_BROKEN_CONNECTION:
             try:
-                return await self._send(method, kind, path, query, body, content_type, verb or method.lower())
+                return await send()
             except ApiError as error:
                 if error.reason != _BROKEN:
                     raise
             await asyncio.sleep(pause * random.uniform(1.0, 2.0))
-        return await self._send(method, kind, path, query, body, content_type, verb or method.lower())
+        return await send()
 
     async def _send(
         self,

@@ -12,14 +12,14 @@ from finetune_operator.workqueue import Key
 _SELECTOR = ",".join(f"{name}={value}" for name, value in MANAGED.items())
 
 
-async def unreadable(kube: Kube, namespaces: Collection[str]) -> dict[str, ApiError]:
-    """Those of ``namespaces`` where FineTuneJobs and Jobs may not be listed: gone, or its Role is missing.
+async def unreadable(kube: Kube, scopes: Collection[str | None]) -> dict[str | None, ApiError]:
+    """Where FineTuneJobs and Jobs may not be listed: the namespace is gone, or its Role is missing.
 
-    Raises ApiError for everything else, with status 404 while the CRD is not installed (an absent namespace has no
+    ``scopes``: namespaces, or None for the whole cluster. Raises ApiError for everything else, with status 404 while the CRD is not installed (an absent namespace has no
     objects, but it exists for LIST).
     """
     found = {}
-    for scope in namespaces:
+    for scope in scopes:
         try:
             for kind in (FINETUNEJOBS, JOBS):
                 await kube.peek(kind, scope)

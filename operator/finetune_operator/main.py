@@ -18,7 +18,7 @@ from finetune_api import API_GROUP
 from finetune_api.errors import SpecError
 from finetune_operator.gather import Gatherer
 from finetune_operator.handlers import build_registry, build_settings
-from finetune_operator.kube import FINETUNEJOBS, ApiError, Kube
+from finetune_operator.kube import ApiError, Kube
 from finetune_operator.lease import Lease, LeaseLost
 from finetune_operator.listing import list_everything, list_jobs, unreadable
 from finetune_operator.logs import set_up
@@ -34,7 +34,7 @@ log = logging.getLogger("finetune_operator")
 RESYNC_SECONDS = 300.0
 _STOP_SECONDS = 5.0
 _LIST_AGAIN_SECONDS = 1.0
-NAMESPACE_SECONDS = 15.0
+_NAMESPACE_SECONDS = 15.0
 _NO_CRD = "the CRD finetunejobs.finetune.dev is not installed; install it: kubectl apply --server-side -f crds/"
 
 
@@ -147,12 +147,10 @@ class Operator:
         """Whether there is something to watch: kopf would never ask again for a kind or a namespace that is missing."""
         namespaces = self._settings.namespaces
         try:
-            refused = await unreadable(kube, namespaces)
+            refused = await unreadable(kube, namespaces or (None,))
             self._served = [name for name in namespaces if name not in refused]
-            if namespaces and not self._served:
+            if refused and not self._served:
                 raise next(iter(refused.values()))
-            if not namespaces:
-                await kube.peek(FINETUNEJOBS, None)
             await list_jobs(kube, self._store, self._served)
         except ApiError as error:
             trouble = _NO_CRD if error.status == 404 else f"Jobs cannot be listed: {error}"
@@ -168,7 +166,7 @@ class Operator:
         """Raises NamespaceAppeared when one that was left out can be read: the process starts anew and serves it."""
         await self._watching.wait()
         while missing := [name for name in self._settings.namespaces if name not in self._served]:
-            await asyncio.sleep(NAMESPACE_SECONDS)
+            await asyncio.sleep(_NAMESPACE_SECONDS)
             with contextlib.suppress(ApiError):
                 refused = await unreadable(kube, missing)
                 if appeared := [name for name in missing if name not in refused]:

@@ -5,13 +5,13 @@ Pure: an ordered tuple of small questions. Every problem is found at once.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
 from finetune_api.credentials import ENDPOINT_VARIABLES, VARIABLES
 from finetune_api.errors import Problem
+from finetune_api.kubernetes_names import is_label_key, is_label_value, is_subdomain
 from finetune_api.quantities import format_bytes
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec_rules import locations
@@ -21,8 +21,6 @@ from finetune_operator.settings import OperatorSettings
 
 MOST_COPIED = 32  # labels, and annotations, that go from a FineTuneJob to its Job
 MOST_COPIED_BYTES = 16 * 1024
-_SUBDOMAIN = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
-_NAME = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 
 Question = Callable[[FineTuneJobSpec, OperatorSettings], Iterator[Problem]]
 
@@ -116,18 +114,18 @@ def _placement(spec: FineTuneJobSpec, _settings: OperatorSettings) -> Iterator[P
     keys += [("spec.placement.topologyKey", placement.topology_key)]
     keys += [(f"spec.placement.tolerations[{i}].key", item.key or "") for i, item in enumerate(placement.tolerations)]
     for path, key in keys:
-        if key and not _is_label_key(key):
+        if key and not is_label_key(key):
             yield Problem(
                 path, key, "is no label of a node", "write it as NAME or PREFIX/NAME, such as example.com/rack"
             )
     values = [(f"spec.placement.nodeSelector.{key}", value) for key, value in placement.node_selector.items()]
     values += [(f"spec.placement.tolerations[{i}].value", t.value or "") for i, t in enumerate(placement.tolerations)]
     for path, value in values:
-        if value and not _NAME.fullmatch(value):
+        if not is_label_value(value):
             yield Problem(path, value, "is no label value", "use letters, digits, '-', '_' and '.'")
     names = (("priorityClassName", placement.priority_class_name), ("schedulerName", placement.scheduler_name))
     for field, name in names:
-        if name and not _SUBDOMAIN.fullmatch(name):
+        if name and not is_subdomain(name):
             yield Problem(f"spec.placement.{field}", name, "is no name", "use lower-case letters, digits, '-' and '.'")
 
 
@@ -146,18 +144,13 @@ def _accelerator(spec: FineTuneJobSpec, _settings: OperatorSettings) -> Iterator
         return
     name = accelerator.resource_name
     # The API server's own definition; what is left are amounts of the node itself and names of quotas.
-    if not _is_label_key(f"requests.{name}") or "kubernetes.io/" in name or name.startswith("requests."):
+    if not is_label_key(f"requests.{name}") or "kubernetes.io/" in name or name.startswith("requests."):
         yield Problem(
             "spec.resources.accelerator.resourceName",
             accelerator.resource_name,
             "is no extended resource",
             "name the one that the device plugin offers, such as nvidia.com/gpu",
         )
-
-
-def _is_label_key(key: str) -> bool:
-    prefix, slash, name = key.rpartition("/")
-    return bool(_NAME.fullmatch(name)) and (not slash or (len(prefix) <= 253 and bool(_SUBDOMAIN.fullmatch(prefix))))
 
 
 def _copied(metadata: Mapping[str, Any]) -> Iterator[Problem]:

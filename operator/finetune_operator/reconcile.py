@@ -259,12 +259,8 @@ def pods_begin_anew(resource: Mapping[str, Any], job: JobView) -> str | None:
 
 def _waits_for_an_earlier_job(error: ApiError, observed: Observed) -> bool:
     """Whether what stands in the way may be a child of a job of the same name that was deleted a moment ago."""
-    return error.status == 422 and seconds_since_creation(observed) < _GARBAGE_SECONDS
-
-
-def seconds_since_creation(observed: Observed) -> float:
-    """Age of the FineTuneJob."""
-    return (observed.now - datetime.fromisoformat(observed.resource["metadata"]["creationTimestamp"])).total_seconds()
+    created = datetime.fromisoformat(observed.resource["metadata"]["creationTimestamp"])
+    return error.status == 422 and (observed.now - created).total_seconds() < _GARBAGE_SECONDS
 
 
 def _is_early(before: Mapping[str, Any], verdict: Verdict) -> bool:

@@ -13,16 +13,14 @@ from pydantic_core import ErrorDetails
 
 from finetune_api.errors import Problem, SpecError
 from finetune_api.fields import DnsLabel, Quantity, SchemaModel
+from finetune_api.kubernetes_names import is_label_key, is_label_value
 from finetune_api.spec import Toleration
+from finetune_api.spec_rules import toleration_problems
 
 Seconds = Annotated[int, Field(ge=1, le=86_400)]
 Port = Annotated[int, Field(ge=0, le=65_535)]  # 0: any free port
 
-_NAME = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
-_LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
 _PART = r"[a-z0-9]+((\.|__?|-+)[a-z0-9]+)*"
-_NAME_VALUE = re.compile(_NAME)
-_KEY = re.compile(rf"((?=[^/]{{1,253}}/){_LABEL}(\.{_LABEL})*/)?{_NAME}")
 _IMAGE = re.compile(
     rf"([A-Za-z0-9]([-A-Za-z0-9.]*[A-Za-z0-9])?(:[0-9]{{1,5}})?/)?{_PART}(/{_PART})*"
     r"(:[A-Za-z0-9_][A-Za-z0-9._-]{0,127})?(@sha256:[0-9a-f]{64})?"
@@ -32,7 +30,7 @@ _VALUE_RULE = "is no label value, which is up to 63 letters, digits, '-', '_' an
 
 
 def _label_key(key: str) -> str:
-    if not _KEY.fullmatch(key):
+    if not is_label_key(key):
         raise ValueError(_KEY_RULE)
     return key
 
@@ -43,7 +41,7 @@ def _annotation_key(key: str) -> str:
 
 
 def _label_value(value: str) -> str:
-    if value and not _NAME_VALUE.fullmatch(value):
+    if not is_label_value(value):
         raise ValueError(_VALUE_RULE)
     return value
 
@@ -52,14 +50,11 @@ def _toleration(toleration: Toleration) -> Toleration:
     """What the API server would refuse in every pod."""
     if toleration.key:
         _label_key(toleration.key)
-    if toleration.operator == "Exists":
-        if toleration.value:
-            raise ValueError("has operator Exists, which takes no value")
-    elif not toleration.key:
+    elif toleration.operator != "Exists":
         raise ValueError("has no key, which goes with operator Exists only")
     _label_value(toleration.value or "")
-    if toleration.toleration_seconds is not None and toleration.effect != "NoExecute":
-        raise ValueError("has tolerationSeconds, which goes with effect NoExecute only")
+    for problem in toleration_problems(toleration, ""):
+        raise ValueError(problem.rule)
     return toleration
 
 

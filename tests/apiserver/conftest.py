@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from tests.apiserver.kube import Kube
 from tests.apiserver.server import RunningServer, ServerUnavailable, shared_server
+from tests.tiers import cannot_run
 
 
 @pytest.fixture(scope="session")
@@ -59,9 +60,7 @@ def _server(factory: pytest.TempPathFactory, name: str, *, controllers: bool) ->
         with shared_server(root, owner, controllers=controllers) as server:
             yield server
     except ServerUnavailable as error:
-        if os.environ.get("CI") or os.environ.get("FINETUNE_REQUIRE_CLUSTER"):
-            pytest.fail(f"the API server tests must run in CI: {error}")
-        pytest.skip(f"API SERVER TESTS NOT RUN: {error}")
+        cannot_run("API server", error)
 
 
 def _kube(server: RunningServer, request: pytest.FixtureRequest) -> Iterator[Kube]:

@@ -783,16 +783,24 @@ def test_logs_follow_a_rank_across_replaced_pods_and_broken_connections(
     ]
 
 
-def test_logs_leave_a_pod_whose_node_is_lost_once_it_is_replaced(
+def following_a_pod_that_is_lost(
     shell: Shell, kube: Kube, bot: str, kubelet: LogKubelet
-) -> None:
+) -> tuple[Log, subprocess.Popen[str], Reading, Reading]:
+    """``finetune logs`` has read a line, then the pod's kubelet no longer answers; nobody ends the container."""
     be_operator(kube, bot, running())
     lost = run_pod(kube, kubelet, bot, 0, "aaaaa")
     lost.write("step 1")
     process = shell.start("logs", bot)
-    read = Reading(process.stdout)
+    read, told = Reading(process.stdout), Reading(process.stderr)
     read.until(kube, "step 1")
-    lost.refused = lost.broken = True  # its kubelet no longer answers, and nobody ends the container
+    lost.refused = lost.broken = True
+    return lost, process, read, told
+
+
+def test_logs_leave_a_pod_whose_node_is_lost_once_it_is_replaced(
+    shell: Shell, kube: Kube, bot: str, kubelet: LogKubelet
+) -> None:
+    _, process, read, _ = following_a_pod_that_is_lost(shell, kube, bot, kubelet)
     run_pod(kube, kubelet, bot, 0, "bbbbb").write("again from step 0")
     read.until(kube, "again from step 0")
     process.send_signal(signal.SIGINT)
@@ -803,13 +811,7 @@ def test_logs_leave_a_pod_whose_node_is_lost_once_it_is_replaced(
 def test_logs_that_cannot_be_read_say_so_and_end_with_the_job(
     shell: Shell, kube: Kube, bot: str, kubelet: LogKubelet
 ) -> None:
-    be_operator(kube, bot, running())
-    lost = run_pod(kube, kubelet, bot, 0, "aaaaa")
-    lost.write("step 1")
-    process = shell.start("logs", bot)
-    read, told = Reading(process.stdout), Reading(process.stderr)
-    read.until(kube, "step 1")
-    lost.refused = lost.broken = True  # its kubelet no longer answers, and nothing replaces the pod
+    lost, process, read, told = following_a_pod_that_is_lost(shell, kube, bot, kubelet)
     cannot = "the output of pod ftj-bot-0-aaaaa cannot be read: "
     kube.wait(lambda: [line for line in told.lines if line.startswith(cannot)], "it is told", seconds=60)
     assert told.lines[-1].endswith("; trying again")

@@ -59,8 +59,9 @@ def test_what_is_stored_is_what_was_built(kube: Kube, name: str) -> None:
 def test_the_longest_name_and_the_largest_gang_are_taken(kube: Kube) -> None:
     spec = smallest(distributed={"nodes": 4096}, training={"globalBatchSize": 4096})
     built = children(spec, name="a" * 50, namespace=kube.namespace)
-    for manifest in built.manifests:
-        kube.create(manifest, dryRun="All")
+    taken = [kube.create(manifest, dryRun="All") for manifest in built.manifests]
+    assert [one["metadata"]["name"] for one in taken] == [one["metadata"]["name"] for one in built.manifests]
+    assert taken[-1]["spec"]["completions"] == 4096
 
 
 def test_what_the_policy_lets_pass_the_api_server_takes(kube: Kube) -> None:

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-import pytest
 from deploy.local.cluster import cgroups, cluster, images, machine, node, object_storage, stores, tools
 from deploy.local.cluster.layout import PROMETHEUS, ClusterError, Layout, tools_cache
 from deploy.local.s3.server import S3Server
+from tests.tiers import cannot_run, required
 
 PROBE_IMAGE = "localhost/probe:1"
 RESTRICTED = {"pod-security.kubernetes.io/enforce": "restricted"}
@@ -262,9 +262,6 @@ def _mark(layout: Layout) -> Path:
 def require_machine() -> None:
     """Skips, or fails where the tier is required, if this machine cannot run a cluster."""
     try:
-        cluster.setup(install="CI" in os.environ)
+        cluster.setup(install=required())
     except ClusterError as error:
-        text = f"THE CLUSTER TESTS DO NOT RUN ON THIS MACHINE: {error}"
-        if os.environ.get("CI") or os.environ.get("FINETUNE_REQUIRE_CLUSTER"):
-            pytest.fail(text, pytrace=False)
-        pytest.skip(text)
+        cannot_run("cluster", error)

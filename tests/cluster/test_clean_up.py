@@ -15,6 +15,7 @@ import pytest
 from deploy.local.cluster import cluster
 from deploy.local.cluster.layout import Layout
 from tests.cluster.cluster import LocalCluster, machine_state, require_machine, session_lock, wait_for
+from tests.tiers import cannot_run
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "deploy.local.cluster"]
@@ -26,7 +27,7 @@ def idle_machine() -> Iterator[None]:
     require_machine()
     with session_lock(fcntl.LOCK_EX):
         if (running := cluster.current()) is not None:
-            pytest.skip(f"A local cluster ran before the tests (state {running.state}); it is not taken down for them.")
+            cannot_run("clean-up", f"a local cluster runs (state {running.state}) and is not taken down for them")
         cluster.down()
         yield
         cluster.down()

@@ -9,6 +9,7 @@ import pytest
 from pydantic import BaseModel
 from pydantic.alias_generators import to_camel
 from tests.chart import CHART, DIGEST, ROOT, Document, helm, load_yaml, one, refusal, render, settings_of
+from tests.pod_defaults import TAKEN
 
 from finetune_operator.settings import OperatorSettings
 
@@ -122,19 +123,8 @@ def test_a_wrong_value_is_refused_with_a_sentence(values: Document, said: str) -
 
 
 def test_what_kubernetes_takes_is_not_refused_and_reaches_the_operator() -> None:
-    training = {
-        "labels": {"example.com/team": "ml", "empty": "", "n" * 63: "v" * 63},
-        "annotations": {"Example.com/Note": "any text, at all"},
-        "nodeSelector": {"topology.kubernetes.io/zone": "a-1_b.c"},
-        "tolerations": [
-            {"operator": "Exists"},
-            {"key": "", "operator": "Exists", "value": ""},
-            {"key": "nvidia.com/gpu", "value": "present", "effect": "NoExecute", "tolerationSeconds": 300},
-            {"key": "spot", "operator": "Equal", "effect": "NoSchedule"},
-        ],
-    }
-    found = settings_of(render({"training": training, "tolerations": training["tolerations"]}))
-    assert {name: found["podDefaults"][name] for name in training} == training
+    found = settings_of(render({"training": TAKEN, "tolerations": TAKEN["tolerations"]}))
+    assert {name: found["podDefaults"][name] for name in TAKEN} == TAKEN
     OperatorSettings.model_validate(found)
 
 
