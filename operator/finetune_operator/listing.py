@@ -15,8 +15,8 @@ _SELECTOR = ",".join(f"{name}={value}" for name, value in MANAGED.items())
 async def unreadable(kube: Kube, scopes: Collection[str | None]) -> dict[str | None, ApiError]:
     """Where FineTuneJobs and Jobs may not be listed: the namespace is gone, or its Role is missing.
 
-    ``scopes``: namespaces, or None for the whole cluster. Raises ApiError for everything else, with status 404 while the CRD is not installed (an absent namespace has no
-    objects, but it exists for LIST).
+    ``scopes``: namespaces, or None for the whole cluster. Raises ApiError for everything else, with status 404 while
+    the CRD is not installed (an absent namespace has no objects, but it exists for LIST).
     """
     found = {}
     for scope in scopes:
