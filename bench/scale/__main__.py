@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from bench.scale.measures import Rollout, finish_jobs, floor, idle, restart, rollout, settled, status_of
+from bench.scale.measures import Rollout, burst_floor, finish_jobs, floor, idle, restart, rollout, settled, status_of
 from bench.scale.operator_process import OperatorProcess
 from bench.scale.plane import POD_NETWORK, Plane
 from bench.scale.results import Results, table
@@ -86,11 +86,13 @@ async def _measure(options: argparse.Namespace, directory: Path, results: Result
     if "floor" in options.only:
         with Plane(directory) as plane:
             results.floor += await _floor(options, plane)
+        await _burst_floor(options, directory, results)
     if "operator" in options.only:
         with Plane(directory) as plane:
             async with trainers(plane.server):
                 status = await _operator(options, plane, results)
     if "floor" in options.only:  # again: a machine may be faster or slower by then
+        await _burst_floor(options, directory, results)
         with Plane(directory) as plane:
             results.floor_after += await _floor(options, plane)
     if "idle" in options.only:
@@ -105,6 +107,13 @@ async def _floor(options: argparse.Namespace, plane: Plane) -> list[Rollout]:
         found.append(await floor(plane, f"floor-{number}", jobs))
         say(f"  {found[-1]}")
     return found
+
+
+async def _burst_floor(options: argparse.Namespace, directory: Path, results: Results) -> None:
+    say(f"floor of a burst: {options.burst:,} FineTuneJobs and their children by a bare client ...")
+    with Plane(directory) as plane:
+        results.burst_floor.append(await burst_floor(plane, "burst", options.burst))
+    say(f"  {results.burst_floor[-1]}")
 
 
 async def _operator(options: argparse.Namespace, plane: Plane, results: Results) -> dict[str, object]:

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from bench.scale.client import Bare, Post, each
+from bench.scale.client import Bare, Post, Seen, each
 from bench.scale.operator_process import SETTINGS, OperatorProcess, tally
 from bench.scale.plane import Plane
 from bench.scale.workload import FINETUNEJOBS, JOBS, NODES_PER_JOB, PODS, children, finetunejob, manifest
+from finetune_operator.kube import CONNECTIONS
 from finetune_operator.settings import OperatorSettings
 
 _PATIENCE_SECONDS = 170
@@ -29,10 +30,17 @@ class Rollout:
     jobs: int
     created_seconds: float  # until the client's last object existed
     seconds: float  # until all pods ran
-    p50_seconds: float  # from "the client's object exists" to "its Job exists"; 0 without an operator
-    p99_seconds: float
+    burst: Burst | None  # None without an operator
     cpu_seconds: dict[str, float]  # by process, until all pods ran
     load: float  # of the machine at the beginning, one minute
+
+
+@dataclass(frozen=True)
+class Burst:
+    """From "the client's FineTuneJob exists" to "its Job exists"."""
+
+    p50_seconds: float
+    p99_seconds: float
 
 
 @dataclass(frozen=True)
@@ -77,8 +85,32 @@ async def floor(plane: Plane, namespace: str, jobs: int) -> Rollout:
     """The bare client makes the Services and Jobs itself."""
     plane.make_namespace(namespace)
     settings = OperatorSettings.model_validate(SETTINGS)
-    groups = [children(namespace, number, settings) for number in range(jobs)]
+    groups = [children(namespace, number, settings)[1:] for number in range(jobs)]
     return await _rollout(plane, namespace, groups, None)
+
+
+async def burst_floor(plane: Plane, namespace: str, jobs: int) -> Burst:
+    """The bare client makes FineTuneJobs, and of each that exists at once the children, over as many connections as the
+    operator has: what is left when an operator needs no time at all to hear of a job, to plan it and to build."""
+    plane.make_namespace(namespace)
+    settings = OperatorSettings.model_validate(SETTINGS)
+    orders = [(finetunejob(namespace, number), *children(namespace, number, settings)) for number in range(jobs)]
+    connections = asyncio.Semaphore(CONNECTIONS)
+    async with Bare(plane.server) as bare, bare.watching(JOBS.format(namespace)) as seen, asyncio.TaskGroup() as group:
+
+        async def serve(posts: Sequence[Post]) -> None:
+            async with connections:
+                for post in posts:
+                    await bare.send(post)
+
+        async def create(posts: Sequence[Post]) -> float:
+            await bare.send(posts[0])
+            group.create_task(serve(posts[1:]))
+            return time.monotonic()
+
+        created = await each([lambda posts=posts: create(posts) for posts in orders])
+        await seen.wait_for(jobs, _PATIENCE_SECONDS, "Jobs")
+    return _burst(_delays(namespace, created, seen))
 
 
 async def rollout(plane: Plane, operator: OperatorProcess, namespace: str, jobs: int) -> tuple[Rollout, Cost]:
@@ -185,20 +217,18 @@ async def _rollout(
         created = await bare.create_all(groups)
         ended = await running.wait_for(NODES_PER_JOB * len(groups), _PATIENCE_SECONDS, "running pods")
         spent = {name: seconds - before[name] for name, seconds in _cpu(plane, operator).items()}
-        delays = [0.0]
-        if operator is not None:
-            made = {name.removeprefix("ftj-"): at for name, at in jobs.first.items()}
-            names = [manifest(namespace, number)["metadata"]["name"] for number in range(len(groups))]
-            delays = [max(0.0, made[name] - at) for name, at in zip(names, created, strict=True)]
-    return Rollout(
-        len(groups),
-        max(created) - started,
-        ended - started,
-        statistics.median(delays),
-        sorted(delays)[min(len(delays) - 1, int(0.99 * len(delays)))],
-        spent,
-        load,
-    )
+    burst = None if operator is None else _burst(_delays(namespace, created, jobs))
+    return Rollout(len(groups), max(created) - started, ended - started, burst, spent, load)
+
+
+def _delays(namespace: str, created: Sequence[float], jobs: Seen) -> list[float]:
+    made = {name.removeprefix("ftj-"): at for name, at in jobs.first.items()}
+    names = [manifest(namespace, number)["metadata"]["name"] for number in range(len(created))]
+    return [max(0.0, made[name] - at) for name, at in zip(names, created, strict=True)]
+
+
+def _burst(delays: Sequence[float]) -> Burst:
+    return Burst(statistics.median(delays), sorted(delays)[min(len(delays) - 1, int(0.99 * len(delays)))])
 
 
 def _cpu(plane: Plane, operator: OperatorProcess | None) -> dict[str, float]:

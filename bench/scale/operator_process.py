@@ -25,7 +25,6 @@ _METRICS_PORT, _HEALTH_PORT = 18080, 18081  # of the measurement's own network n
 _WRITES = frozenset({"create", "update", "patch", "delete", "deletecollection"})
 SETTINGS: dict[str, Any] = {
     "trainerImage": "localhost/finetune-trainer:scale",
-    "concurrency": 48,
     "lease": {"namespace": OPERATOR_NAMESPACE},
     "metrics": {"port": _METRICS_PORT},
     "health": {"port": _HEALTH_PORT},

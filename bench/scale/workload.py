@@ -17,6 +17,7 @@ PODS = "/api/v1/namespaces/{}/pods"
 FINETUNEJOBS = f"/apis/{API_GROUP}/{API_VERSION}/namespaces/{{}}/{PLURAL}"
 ALL_FINETUNEJOBS = f"/apis/{API_GROUP}/{API_VERSION}/{PLURAL}"
 ALL_PODS = "/api/v1/pods"
+CONFIG_MAPS = "/api/v1/namespaces/{}/configmaps"
 SERVICES = "/api/v1/namespaces/{}/services"
 
 # What people write: LoRA on two nodes with a GPU each.
@@ -46,12 +47,16 @@ def finetunejob(namespace: str, number: int, prefix: str = "job") -> Post:
     return Post.of(FINETUNEJOBS.format(namespace), manifest(namespace, number, prefix))
 
 
-def children(namespace: str, number: int, settings: OperatorSettings) -> tuple[Post, Post]:
-    """Service and Job as the operator would apply them, without an owner: there is none."""
+def children(namespace: str, number: int, settings: OperatorSettings) -> tuple[Post, Post, Post]:
+    """ConfigMap, Service and Job as the operator would make them, without an owner: there is none."""
     resource = copy.deepcopy(manifest(namespace, number))
     resource["metadata"]["uid"] = f"00000000-0000-4000-8000-{number:012d}"
     spec, plan = plan_of(resource, settings, is_new=True)
     made = build_children(resource, spec, plan, settings)
-    for item in (made.service, made.job):
+    for item in made.manifests:
         del item["metadata"]["ownerReferences"]
-    return Post.of(SERVICES.format(namespace), made.service), Post.of(JOBS.format(namespace), made.job)
+    return (
+        Post.of(CONFIG_MAPS.format(namespace), made.config_map),
+        Post.of(SERVICES.format(namespace), made.service),
+        Post.of(JOBS.format(namespace), made.job),
+    )

@@ -30,6 +30,7 @@ from finetune_operator.metrics import API_REQUESTS
 FIELD_MANAGER = "finetune-operator"
 PROGRESS_MANAGER = "finetune-operator-progress"
 REQUEST_SECONDS = 30.0
+CONNECTIONS = 48  # more only cost handshakes: two cores of an API server are busy with 32
 _PAGE = 500
 # Seconds. A look that failed would wait longer, and ask everything anew.
 _PAUSES_AFTER_A_BROKEN_CONNECTION = (0.05, 0.2)
@@ -91,14 +92,14 @@ class Kube:
         return datetime.now(UTC) + self._ahead
 
     @classmethod
-    async def connect(cls) -> Kube:
+    async def connect(cls, connections: int = CONNECTIONS) -> Kube:
         """In a pod by its service account, else by the kubeconfig as kubectl finds it."""
         configuration = Configuration()
         try:
             config.load_incluster_config(client_configuration=configuration)
         except config.ConfigException:
             await config.load_kube_config(client_configuration=configuration)
-        configuration.connection_pool_maxsize = 100
+        configuration.connection_pool_maxsize = connections
         # By itself aiohttp looks for proxies and .netrc at every request, in a thread: a quarter of our time.
         configuration.client_session_kwargs = {"trust_env": False}
         configuration.proxy = configuration.proxy or _proxy(configuration.host)

@@ -137,7 +137,7 @@ class OperatorSettings(SchemaModel):
     progress: ProgressSettings = ProgressSettings()
     collective_timeout_seconds: Annotated[int, Field(ge=10, le=86_400)] = 600
     rendezvous_timeout_seconds: Seconds = 600
-    concurrency: Annotated[int, Field(ge=1, le=256)] = 48  # reconciles at once
+    concurrency: Annotated[int, Field(ge=1, le=256)] = 100  # reconciles at once
     lease: LeaseSettings = LeaseSettings()
     metrics: PortSettings = PortSettings(port=8080)
     health: PortSettings = PortSettings(port=8081)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.apiserver.kube import Document, Kube
 from tests.apiserver.life import NAME, Life, job
+from tests.apiserver.manifests import manifest
 from tests.apiserver.operator_process import OperatorProcess, settings, wait_stopped
 from tests.apiserver.proxy import Fault
 from tests.apiserver.server import RunningServer
 from tests.apiserver.stage import Stage, stage
+
+from finetune_operator.kube import CONNECTIONS
 
 JOB = f"ftj-{NAME}"
 
@@ -192,23 +196,42 @@ def test_the_operator_waits_for_its_crd_and_says_so(job_server: RunningServer, t
         there.kube.wait(lambda: there.kube.find("Job", JOB), "the job is served")
 
 
+@contextmanager
+def _holder(there: Stage, folder: Path) -> Iterator[OperatorProcess]:
+    """An operator with a lease that it must renew every three seconds."""
+    lease: dict[str, Any] = {"enabled": True, "durationSeconds": 6, "renewDeadlineSeconds": 3, "retrySeconds": 1}
+    configuration = settings(there.kube.namespace, lease={**lease, "namespace": there.kube.namespace})
+    (folder / "holder").mkdir()
+    operator = OperatorProcess(folder / "holder", folder / "kubeconfig", configuration)
+    try:
+        operator.start()
+        there.watching()
+        yield operator
+    finally:
+        operator.close()
+
+
 def test_a_holder_whose_renewals_hang_stops_before_another_one_may_start(
     job_server: RunningServer, tmp_path: Path
 ) -> None:
-    lease: dict[str, Any] = {"enabled": True, "durationSeconds": 6, "renewDeadlineSeconds": 3, "retrySeconds": 1}
-    with stage(job_server, tmp_path) as there:
-        configuration = settings(there.kube.namespace, lease={**lease, "namespace": there.kube.namespace})
-        folder = tmp_path / "holder"
-        folder.mkdir()
-        operator = OperatorProcess(folder, tmp_path / "kubeconfig", configuration)
-        try:
-            operator.start()
-            there.watching()
-            is_renewal = lambda seen: seen.resource == "leases" and seen.is_write  # noqa: E731
-            there.proxy.inject(Fault("hang", is_renewal, hang_seconds=25, times=100))
-            began = time.monotonic()
-            wait_stopped(operator, 20)
-            assert time.monotonic() - began < 12
-            assert "could not be renewed" in operator.log
-        finally:
-            operator.close()
+    with stage(job_server, tmp_path) as there, _holder(there, tmp_path) as operator:
+        is_renewal = lambda seen: seen.resource == "leases" and seen.is_write  # noqa: E731
+        there.proxy.inject(Fault("hang", is_renewal, hang_seconds=25, times=100))
+        began = time.monotonic()
+        wait_stopped(operator, 20)
+        assert time.monotonic() - began < 12
+        assert "could not be renewed" in operator.log
+
+
+def test_a_holder_renews_while_an_admission_webhook_lets_all_other_requests_hang(
+    job_server: RunningServer, tmp_path: Path
+) -> None:
+    with stage(job_server, tmp_path) as there, _holder(there, tmp_path) as operator:
+        hang = Fault("hang", lambda seen: seen.resource == "configmaps", hang_seconds=12, times=1000)
+        there.proxy.inject(hang)
+        for number in range(CONNECTIONS + 5):
+            there.kube.create(manifest(name=f"{NAME}-{number}"))
+        there.kube.wait(lambda: hang.times == 1000 - CONNECTIONS, "every connection hangs", 30)
+        time.sleep(6)
+        assert operator.alive
+        assert there.kube.get("Lease", "finetune-operator")["spec"]["holderIdentity"]
