@@ -83,8 +83,9 @@ class ApiError(Exception):
 class Kube:
     """One connection pool. Every method raises :class:`ApiError`."""
 
-    def __init__(self, client: ApiClient) -> None:
+    def __init__(self, client: ApiClient, connections: int = CONNECTIONS) -> None:
         self._client = client
+        self._turns = asyncio.Semaphore(connections)  # in order: aiohttp's own pool lets latecomers go first
         self._ahead = timedelta()  # of us: how much later it is at the API server
 
     def now(self) -> datetime:
@@ -103,7 +104,7 @@ class Kube:
         # By itself aiohttp looks for proxies and .netrc at every request, in a thread: a quarter of our time.
         configuration.client_session_kwargs = {"trust_env": False}
         configuration.proxy = configuration.proxy or _proxy(configuration.host)
-        return cls(ApiClient(configuration))
+        return cls(ApiClient(configuration), connections)
 
     async def close(self) -> None:
         await self._client.close()
@@ -239,8 +240,11 @@ class Kube:
                 auth_settings=["BearerToken"],
             )
             url, headers = serialized[1], serialized[2]
-            response = await self._client.call_api(method, url, headers, body, None, _request_timeout=REQUEST_SECONDS)
-            text = await response.read()
+            async with self._turns:
+                response = await self._client.call_api(
+                    method, url, headers, body, None, _request_timeout=REQUEST_SECONDS
+                )
+                text = await response.read()
             code = str(response.status)
         except (TimeoutError, aiohttp.ClientError, ssl.SSLError, OSError) as error:
             broken = isinstance(error, aiohttp.ClientConnectionError) and not isinstance(error, TimeoutError)
