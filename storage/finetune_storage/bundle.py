@@ -6,6 +6,7 @@ A directory without a whole manifest does not exist.
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -19,6 +20,7 @@ from finetune_api.report import FileEntry
 from finetune_storage.store import ObjectNotFound, ObjectStore
 
 MANIFEST = "manifest.json"
+_STAGING = ".finetune.partial"  # inside an empty destination; a killed fetch leaves it behind
 _BLOCK_BYTES = 4 * 1024 * 1024
 _ATTEMPTS = 3
 
@@ -79,13 +81,25 @@ def read_manifest(store: ObjectStore, prefix: str, kind: type[M]) -> tuple[M, st
         ObjectNotFound: there is none, so the bundle does not exist.
         DamagedBundle: it is there but cannot be read.
     """
-    place = _below(store, prefix)
-    content = place.get(MANIFEST)
-    try:
-        manifest = kind.model_validate_json(content)
-    except ValidationError as error:
-        raise DamagedBundle(place.uri, [f"{MANIFEST} is not readable ({error.error_count()} faults)."]) from None
+    manifest, content = _read_manifest(_below(store, prefix), kind)
     return manifest, hashlib.sha256(content).hexdigest()
+
+
+def _read_manifest(place: ObjectStore, kind: type[M]) -> tuple[M, bytes]:
+    content = place.get(MANIFEST)
+    return parse_manifest(content, kind, place.uri), content
+
+
+def parse_manifest(content: bytes, kind: type[M], uri: str) -> M:
+    """The manifest of the bundle at ``uri``.
+
+    Raises:
+        DamagedBundle: it cannot be read.
+    """
+    try:
+        return kind.model_validate_json(content)
+    except ValidationError as error:
+        raise DamagedBundle(uri, [f"{MANIFEST} is not readable ({error.error_count()} faults)."]) from None
 
 
 def files_of(manifest: SchemaModel) -> tuple[FileEntry, ...]:
@@ -111,28 +125,51 @@ def verify_bundle(store: ObjectStore, prefix: str, manifest: SchemaModel) -> Non
 
 
 def fetch_bundle(store: ObjectStore, prefix: str, kind: type[M], destination: Path) -> M:
-    """Download a bundle into ``destination`` (replaced), which appears only when every file is verified.
+    """Download a bundle into ``destination`` (replaced), which is filled only when every file is verified.
+
+    An empty ``destination`` stays the directory that it is: it may be the current one, or a mount point.
 
     Raises:
         ObjectNotFound: there is no manifest.
         DamagedBundle: lists every file that is missing, truncated or altered.
     """
     place = _below(store, prefix)
-    manifest, _ = read_manifest(place, "", kind)
-    staging = destination.with_name(f".{destination.name}.partial")
+    manifest, content = _read_manifest(place, kind)
+    destination = Path(os.path.abspath(destination))
+    staging = staging_directory(destination)
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
         problems = [problem for entry in files_of(manifest) if (problem := _fetch(place, entry, staging))]
         if problems:
             raise DamagedBundle(place.uri, problems)
-        (staging / MANIFEST).write_text(manifest.model_dump_json(by_alias=True, indent=2) + "\n", encoding="utf-8")
-        if destination.exists():
-            shutil.rmtree(destination)
-        staging.rename(destination)
+        (staging / MANIFEST).write_bytes(content)
+        _put_in_place(staging, destination)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return manifest
+
+
+def holds_files(directory: Path) -> bool:
+    """Whether something lies in ``directory``, apart from what a killed fetch has left."""
+    return any(entry.name != _STAGING for entry in directory.iterdir())
+
+
+def staging_directory(destination: Path) -> Path:
+    """Where a bundle grows before it is moved to ``destination`` (absolute), in the same file system."""
+    if destination.is_dir() and not holds_files(destination):
+        return destination / _STAGING
+    return destination.with_name(f".{destination.name}.partial")
+
+
+def _put_in_place(staging: Path, destination: Path) -> None:
+    if staging.parent == destination:
+        for entry in sorted(staging.iterdir(), key=lambda entry: entry.name == MANIFEST):  # the manifest last
+            entry.rename(destination / entry.name)
+        return
+    if destination.exists():
+        shutil.rmtree(destination)
+    staging.rename(destination)
 
 
 def list_bundles(store: ObjectStore, prefix: str = "") -> list[str]:
@@ -188,12 +225,17 @@ def _stored_problem(place: ObjectStore, entry: FileEntry) -> str:
 
 
 def _fetch(place: ObjectStore, entry: FileEntry, directory: Path) -> str:
-    file = directory / entry.path
     try:
-        place.download(entry.path, file)
+        place.download(entry.path, directory / entry.path)
     except ObjectNotFound:
         return f"'{entry.path}' is missing."
-    return _difference(entry, *file_digest(file))
+    return local_problem(directory, entry)
+
+
+def local_problem(directory: Path, entry: FileEntry) -> str:
+    """What is wrong with one file of a bundle in a local directory, or nothing."""
+    file = directory / entry.path
+    return _difference(entry, *file_digest(file)) if file.is_file() else f"'{entry.path}' is missing."
 
 
 def _difference(entry: FileEntry, sha256: str, size: int) -> str:

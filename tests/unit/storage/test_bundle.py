@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from finetune_storage import (
     verify_bundle,
     write_file,
 )
-from finetune_storage.artifact import write_pointer
+from finetune_storage.artifact import check_destination, write_pointer
 
 
 @pytest.fixture
@@ -153,3 +154,102 @@ def test_a_full_destination_is_not_overwritten(store: ObjectStore, tmp_path: Pat
     with pytest.raises(StorageError) as caught:
         fetch_artifact(store, tmp_path)
     assert str(caught.value) == f"'{tmp_path}' is not empty; choose another directory for the artifact."
+
+
+def test_the_manifest_is_fetched_byte_by_byte(store: ObjectStore, tmp_path: Path) -> None:
+    """Another version may have written it with other spaces; its digest is what the job has reported."""
+    _bundle(store, "x")
+    store.put("x/manifest.json", store.get("x/manifest.json").rstrip())
+    fetch_bundle(store, "x", ArtifactManifest, tmp_path / "copy")
+    assert (tmp_path / "copy" / "manifest.json").read_bytes() == store.get("x/manifest.json")
+
+
+def test_an_artifact_that_was_fetched_before_is_verified_and_not_fetched_again(
+    store: ObjectStore, tmp_path: Path
+) -> None:
+    sha256 = _bundle(store, "artifacts/abc")
+    write_pointer(store, "artifacts/abc", sha256)
+    copy = tmp_path / "copy"
+    first = fetch_artifact(store, copy, manifest_sha256=sha256)
+    before = (copy / "a.bin").stat().st_ino
+    assert fetch_artifact(store, copy) == first
+    delete_bundle(store, "artifacts/abc")
+    assert fetch_artifact(store, copy, manifest_sha256=sha256) == first
+    assert (copy / "a.bin").stat().st_ino == before
+    with pytest.raises(StorageError) as another:
+        fetch_artifact(store, copy, manifest_sha256="0" * 64)
+    assert str(another.value) == f"'{copy}' is not empty; choose another directory for the artifact."
+    (copy / "a.bin").write_bytes(b"short")
+    (copy / "deep" / "b.bin").unlink()
+    with pytest.raises(StorageError) as changed:
+        fetch_artifact(store, copy, manifest_sha256=sha256)
+    assert str(changed.value) == (
+        f"'{copy}' holds this artifact, changed since it was fetched: 'a.bin' has 5 bytes instead of 500."
+        " 'deep/b.bin' is missing. Remove it, or choose another directory for the artifact."
+    )
+
+
+def test_an_empty_folder_stays_the_folder_that_it_is(
+    store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be the current one, a link or a mount point: none of them can be replaced."""
+    _bundle(store, "x")
+    here, link = tmp_path / "here", tmp_path / "link"
+    here.mkdir()
+    link.symlink_to(tmp_path / "linked")
+    (tmp_path / "linked").mkdir()
+    monkeypatch.chdir(here)
+    for destination in (Path(), link):
+        before = destination.stat().st_ino
+        (destination / ".finetune.partial").mkdir()  # of a fetch that was killed
+        fetch_artifact(store.child("x"), destination)
+        assert destination.stat().st_ino == before
+        assert sorted(path.name for path in destination.iterdir()) == ["a.bin", "c.bin", "deep", "manifest.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bucket", "here", "link", "linked"]
+
+
+def test_a_fetch_that_failed_leaves_an_empty_folder_empty(store: ObjectStore, tmp_path: Path) -> None:
+    _bundle(store, "x")
+    store.put("x/a.bin", b"damaged")
+    (tmp_path / "copy").mkdir()
+    with pytest.raises(DamagedBundle):
+        fetch_artifact(store.child("x"), tmp_path / "copy")
+    assert list((tmp_path / "copy").iterdir()) == []
+
+
+def test_a_destination_that_cannot_be_written_is_told_before_the_download(store: ObjectStore, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"1")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "absent")
+    told = []
+    for destination in (Path("/proc/nope/copy"), tmp_path / "file", tmp_path / "file" / "copy", tmp_path / "nowhere"):
+        with pytest.raises(StorageError) as caught:
+            fetch_artifact(store, destination)  # which is empty: it was not asked
+        told.append(str(caught.value).replace(str(tmp_path), ""))
+    assert told == [
+        "'/proc/nope/copy' cannot be written (No such file or directory); choose another directory for the artifact.",
+        "'/file' is not a directory; choose another directory for the artifact.",
+        "'/file/copy' cannot be written (Not a directory); choose another directory for the artifact.",
+        "'/nowhere' is not a directory; choose another directory for the artifact.",
+    ]
+
+
+def test_trying_a_destination_out_leaves_nothing(tmp_path: Path) -> None:
+    assert not check_destination(tmp_path / "deep" / "copy")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_is_told_in_a_sentence(
+    store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _bundle(store, "x")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ObjectStore, "download", full)
+    with pytest.raises(StorageError) as caught:
+        fetch_artifact(store.child("x"), tmp_path / "copy")
+    assert str(caught.value) == (
+        f"'{tmp_path}/copy' cannot be written (No space left on device); choose another directory for the artifact."
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bucket"]
