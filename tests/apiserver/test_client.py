@@ -88,6 +88,13 @@ def _hear_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+class Timeless(datetime):
+    """The time of a line that a kubelet writes without one."""
+
+    def strftime(self, format: str) -> str:
+        return ""
+
+
 class Reading:
     """Lines of a running command as they come."""
 
@@ -713,6 +720,13 @@ def kubelet(kube: Kube, tmp_path: Path) -> Iterator[LogKubelet]:
 
 def run_pod(kube: Kube, kubelet: LogKubelet, job: str, index: int, suffix: str) -> Log:
     """A running training pod of ``job``; returns its log."""
+    name = make_pod(kube, kubelet, job, index, suffix)
+    set_state(kube, name, "Running", {"running": {"startedAt": "2026-11-21T12:00:00Z"}})
+    return kubelet.logs.setdefault(name, Log())
+
+
+def make_pod(kube: Kube, kubelet: LogKubelet, job: str, index: int, suffix: str) -> str:
+    """A training pod whose kubelet has not looked at it."""
     name = f"ftj-{job}-{index}-{suffix}"
     container = {
         "name": "trainer",
@@ -728,8 +742,7 @@ def run_pod(kube: Kube, kubelet: LogKubelet, job: str, index: int, suffix: str) 
             "spec": {"nodeName": kubelet.node, "containers": [container], "securityContext": pod_context},
         }
     )
-    set_state(kube, name, "Running", {"running": {"startedAt": "2026-11-21T12:00:00Z"}})
-    return kubelet.logs.setdefault(name, Log())
+    return name
 
 
 def end_pod(kube: Kube, kubelet: LogKubelet, name: str, termination: Termination | None, exit_code: int) -> None:
@@ -781,6 +794,62 @@ def test_logs_follow_a_rank_across_replaced_pods_and_broken_connections(
         f"--- pod ftj-bot-0-bbbbb on node {kubelet.node} ---",
         "the FineTuneJob 'bot' is Complete: completed after 1170 steps",
     ]
+
+
+def test_logs_go_on_behind_a_pod_that_its_kubelet_refused(
+    shell: Shell, kube: Kube, bot: str, kubelet: LogKubelet
+) -> None:
+    be_operator(kube, bot, running())
+    refused = make_pod(kube, kubelet, bot, 0, "aaaaa")
+    reason = {"reason": "OutOfcpu", "message": "Pod was rejected: Node didn't have enough resource: cpu"}
+    kube.patch("Pod", refused, {"status": {"phase": "Failed", **reason}}, subresource="status")
+    process = shell.start("logs", bot)
+    read, told = Reading(process.stdout), Reading(process.stderr)
+    told.until(
+        kube,
+        f"pod {refused} ended before its container started:"
+        " OutOfcpu: Pod was rejected: Node didn't have enough resource: cpu",
+    )
+    run_pod(kube, kubelet, bot, 0, "bbbbb").write("step 1")
+    read.until(kube, "step 1")
+    end_pod(kube, kubelet, f"ftj-{bot}-0-bbbbb", None, 0)
+    be_operator(kube, bot, complete())
+    assert process.wait(60) == 0
+    assert len([line for line in told.lines if refused in line]) == 1
+
+
+def test_a_complaint_of_the_kubelet_does_not_end_the_logs(
+    shell: Shell, kube: Kube, bot: str, kubelet: LogKubelet
+) -> None:
+    trouble = "failed to create fsnotify watcher: too many open files"
+    be_operator(kube, bot, running())
+    log = run_pod(kube, kubelet, bot, 0, "aaaaa")
+    log.write("step 1")
+    log.lines.append((Timeless.now(UTC), trouble))
+    log.break_after = 2
+    process = shell.start("logs", bot)
+    read, told = Reading(process.stdout), Reading(process.stderr)
+    told.until(kube, f"the kubelet says: {trouble}")
+    log.write("step 2")
+    read.until(kube, "step 1", "step 2")
+    end_pod(kube, kubelet, f"ftj-{bot}-0-aaaaa", None, 0)
+    be_operator(kube, bot, complete())
+    assert process.wait(60) == 0
+    assert read.lines == ["step 1", "step 2"]
+    assert len([line for line in told.lines if trouble in line]) == 1
+
+
+def test_pods_of_an_earlier_job_of_the_same_name_are_not_its_own(shell: Shell, kube: Kube, kubelet: LogKubelet) -> None:
+    run_pod(kube, kubelet, "bot", 0, "early").write("of the earlier job")
+    end_pod(kube, kubelet, "ftj-bot-0-early", None, 11)
+    born = kube.get("Pod", "ftj-bot-0-early")["metadata"]["creationTimestamp"]
+    kube.wait(lambda: datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ") > born, "a second has passed")
+    kube.create(manifest(name="bot"))
+    be_operator(kube, "bot", running(attempts=()))
+    assert shell("logs", "bot", "--first-error") == (0, "bot: nothing has failed\n", "")
+    assert shell("logs", "bot", "--no-follow")[0] == 1
+    run_pod(kube, kubelet, "bot", 0, "late").write("of this job")
+    assert shell("logs", "bot", "--no-follow") == (0, "of this job\n", "")
 
 
 def following_a_pod_that_is_lost(

@@ -188,14 +188,15 @@ class Cluster:
     # ---- what belongs to a job
 
     def pods(self, job: Job) -> list[Any]:
-        """Its pods (V1Pod), dead and alive, oldest first."""
+        """Its pods (V1Pod), dead and alive, oldest first. Those of an earlier job of its name are older than it."""
         listed: Any = self.ask(
             Request("list", "pods", self.namespace),
             self.core.list_namespaced_pod,
             self.namespace,
             label_selector=f"{JOB_LABEL}={job.name}",
         )
-        return sorted(listed.items, key=lambda pod: (pod.metadata.creation_timestamp, pod.metadata.name))
+        own = [pod for pod in listed.items if pod.metadata.creation_timestamp >= job.created]
+        return sorted(own, key=lambda pod: (pod.metadata.creation_timestamp, pod.metadata.name))
 
     def events(self, job: Job) -> list[Any]:
         """The Events (CoreV1Event) about the job itself, oldest first; they are kept for about an hour."""

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from kubernetes.client.exceptions import ApiException
-from kubernetes.stream import stream
 from urllib3.exceptions import HTTPError, ReadTimeoutError
 from websocket import WebSocketException
 
@@ -27,6 +26,7 @@ from finetune.cluster.errors import (
     translate,
 )
 from finetune.cluster.job import Job
+from finetune.cluster.pod_exec import open_exec
 from finetune.cluster.pods import CONTAINER, TrainerPod, trainer_pods
 
 LOG_DIRECTORY = "/work/run/logs"
@@ -35,7 +35,8 @@ _REPLACED_TRIES = 2
 _TRIES = 3  # failures in a row that are told, and that end the reading once the job has ended
 _SILENCE_SECONDS = 30.0  # a stream without a line for so long is opened anew: the connection may be dead
 _OVERLAP_SECONDS = 5
-_HANDSHAKE = re.compile(r"Handshake status (?P<code>\d+)")
+_STAMP = re.compile(r"\d{4}-\d\d-\d\dT\S+")
+_PROGRAM = Path(rank_log.__file__)
 
 
 @dataclass
@@ -56,6 +57,7 @@ class Position:
     at_stamp: int = 0  # lines of that very time
     read_at: float = field(default_factory=time.monotonic)
     bytes: int = 0  # of a rank's files
+    complaint: str = ""  # of the kubelet, in the place of lines
     failures: int = 0  # in a row, without a new line between
     refusals: int = 0  # in a row, without an answer between
     refused_since: float = 0.0
@@ -113,6 +115,10 @@ def print_logs(cluster: Cluster, name: str, rank: int, reader: Reader) -> None:
     waited_for = ""
     while True:
         pod, position = _next_pod(cluster, job, index, done), None
+        if pod is not None and pod.ended and not pod.started:
+            reader.say(f"pod {pod.name} ended before its container started" + (f": {pod.reason}" if pod.reason else ""))
+            done.add(pod.uid)
+            continue
         if pod is not None and pod.started:
             if pod.uid not in seen:
                 reader.say(_title(pod))
@@ -286,7 +292,7 @@ def _lines(cluster: Cluster, pod: TrainerPod, _rank: int, position: Position, re
             refused.body = answer.read().decode("utf-8", errors="replace")
             raise refused
         position.answer()
-        yield from new_lines(_split(answer.stream(4096, decode_content=False)), position)
+        yield from new_lines(_split(answer.stream(4096, decode_content=False)), position, reader.say)
     finally:
         answer.close()
         answer.release_conn()
@@ -301,11 +307,19 @@ def _split(chunks: Iterator[bytes]) -> Iterator[str]:
         yield rest.decode("utf-8", errors="replace")
 
 
-def new_lines(stamped: Iterator[str], position: Position) -> Iterator[str]:
-    """Lines after ``position``, without their times; several lines may share one time."""
+def new_lines(stamped: Iterator[str], position: Position, say: Callable[[str], None]) -> Iterator[str]:
+    """Lines after ``position``, without their times; several lines may share one time.
+
+    A line without a time is the kubelet's own and no output: it is said, and not repeated.
+    """
     known, skipped = (position.stamp, position.at_stamp), 0
     for line in stamped:
         stamp, _, text = line.partition(" ")
+        if not _STAMP.fullmatch(stamp):
+            if line.strip() and line != position.complaint:
+                position.complaint = line
+                say(f"the kubelet says: {line}")
+            continue
         if stamp < known[0]:
             continue
         if stamp == known[0] and skipped < known[1]:
@@ -319,7 +333,9 @@ def new_lines(stamped: Iterator[str], position: Position) -> Iterator[str]:
 def _rank_lines(cluster: Cluster, pod: TrainerPod, rank: int, position: Position, reader: Reader) -> Iterator[str]:
     """New lines of a rank's own log files in a running pod."""
     mode = "follow" if reader.follow else "once"
-    socket = _open_exec(cluster, pod, [LOG_DIRECTORY, str(rank), str(position.bytes), mode])
+    program = _PROGRAM.read_text(encoding="utf-8")
+    arguments = [LOG_DIRECTORY, str(rank), str(position.bytes), mode]
+    socket = open_exec(cluster, pod.name, CONTAINER, ["python", "-u", "-c", program, *arguments])
     position.answer()
     rest, heard_at = b"", time.monotonic()
     try:
@@ -335,28 +351,3 @@ def _rank_lines(cluster: Cluster, pod: TrainerPod, rank: int, position: Position
             yield rest.decode("utf-8", errors="replace")
     finally:
         socket.close()
-
-
-def _open_exec(cluster: Cluster, pod: TrainerPod, arguments: list[str]) -> Any:
-    """Start the reading program in the pod. A refused handshake becomes the ApiException that it means."""
-    program = Path(rank_log.__file__).read_text(encoding="utf-8")
-    try:
-        return stream(
-            cluster.core.connect_get_namespaced_pod_exec,
-            pod.name,
-            cluster.namespace,
-            container=CONTAINER,
-            command=["python", "-u", "-c", program, *arguments],
-            stdout=True,
-            stderr=True,
-            stdin=False,
-            tty=False,
-            binary=True,
-            _preload_content=False,
-        )
-    except ApiException as error:
-        if isinstance(error.__context__, KeyboardInterrupt):  # the library takes it for a failure of its own
-            raise KeyboardInterrupt from None
-        if refused := _HANDSHAKE.search(str(error.reason)):
-            raise ApiException(status=int(refused["code"]), reason=error.reason) from error
-        raise

@@ -30,6 +30,7 @@ class TrainerPod:
     exit_code: int | None
     deleting: bool
     waiting: str
+    reason: str  # of a pod that was evicted, or refused by its kubelet
     termination: Termination | None
     replaced: bool = False  # a later pod has the same index
 
@@ -59,6 +60,7 @@ def _read(pod: Any) -> TrainerPod:
         exit_code=terminated.exit_code if terminated else None,
         deleting=pod.metadata.deletion_timestamp is not None,
         waiting=": ".join(filter(None, (waiting.reason, waiting.message))) if waiting else "",
+        reason=": ".join(filter(None, (pod.status.reason, pod.status.message))),
         termination=_termination(terminated.message if terminated else None),
     )
 

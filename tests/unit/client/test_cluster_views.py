@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import io
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from kubernetes import client
 from kubernetes.client.exceptions import ApiException
 from tests.unit.client.jobs import NOW, SHA256, at, complete, condition, failed, make_job, plan, raw_job, running
 from urllib3 import HTTPSConnectionPool
 from urllib3.exceptions import MaxRetryError, ReadTimeoutError
 
 from finetune.cluster import rank_log
-from finetune.cluster.errors import ClusterError
+from finetune.cluster.api import Cluster
+from finetune.cluster.errors import ClusterError, reason_of
 from finetune.cluster.first_error import FirstError, first_error_screen, guilty_pod
 from finetune.cluster.follow import result_of, snapshot_of
 from finetune.cluster.job import read_job_object, read_status
+from finetune.cluster.kubeconfig import Connection
 from finetune.cluster.list_view import list_screen
 from finetune.cluster.logs import Position, new_lines, node_of_rank
+from finetune.cluster.pod_exec import open_exec
 from finetune.cluster.pods import TrainerPod
 from finetune.cluster.status_view import EventLine, status_screen
 from finetune.cluster.tables import short_duration
@@ -254,9 +259,30 @@ def test_a_rank_is_found_on_its_node() -> None:
 def test_lines_that_a_resumed_stream_repeats_are_left_out() -> None:
     position = Position()
     first = ["2026-11-21T12:00:00.1Z a", "2026-11-21T12:00:00.2Z b", "2026-11-21T12:00:00.2Z c"]
-    assert list(new_lines(iter(first), position)) == ["a", "b", "c"]
+    assert list(new_lines(iter(first), position, pytest.fail)) == ["a", "b", "c"]
     again = [*first[1:], "2026-11-21T12:00:00.2Z d", "2026-11-21T12:00:00.3Z "]
-    assert list(new_lines(iter(again), position)) == ["d", ""]
+    assert list(new_lines(iter(again), position, pytest.fail)) == ["d", ""]
+
+
+def test_a_line_of_the_kubelet_itself_is_said_once_and_hides_no_output() -> None:
+    position, said = Position(), []
+    trouble = "failed to create fsnotify watcher: too many open files"
+    first = ["2026-11-21T12:00:00.1Z a", trouble, ""]
+    assert list(new_lines(iter(first), position, said.append)) == ["a"]
+    again = [first[0], "2026-11-21T12:00:00.2Z b", trouble, "2026-11-21T12:00:00.3Z c"]
+    assert list(new_lines(iter(again), position, said.append)) == ["b", "c"]
+    assert said == [f"the kubelet says: {trouble}"]
+    assert position.stamp == "2026-11-21T12:00:00.3Z"
+
+
+def test_a_connection_for_exec_that_nobody_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune.cluster.pod_exec.ANSWER_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        settings = client.Configuration(host=f"http://127.0.0.1:{silent.getsockname()[1]}")
+        cluster = Cluster(Connection(client.ApiClient(settings), "team", "test"))
+        with pytest.raises(ApiException) as caught:
+            open_exec(cluster, "ftj-bot-1-abcde", "trainer", ["python"])
+    assert (caught.value.status, reason_of(caught.value)) == (0, "Connection timed out")
 
 
 def silence() -> MaxRetryError:
@@ -299,6 +325,7 @@ def pod(name: str, termination: Termination | None, exit_code: int = 33, index: 
         exit_code=exit_code,
         deleting=False,
         waiting="",
+        reason="",
         termination=termination,
     )
 
