@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from kubernetes import client, config
 from finetune.cluster.errors import ClusterError
 
 _DEFAULT = "~/.kube/config"
+_PARTS = (("clusters", "cluster"), ("users", "user"), ("contexts", "context"))
 POD_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
@@ -54,14 +56,63 @@ def connect(kubeconfig: str | None = None, context: str | None = None, namespace
             "choose one: kubectl config use-context NAME, or name it with --context",
         )
     block = _context(documents, chosen, existing)
+    plugin = (_entries(documents, "users", "user").get(str(block.get("user"))) or {}).get("exec")
     settings = _settings()
+    with _credentials(settings, chosen, plugin):
+        try:
+            config.load_kube_config(
+                config_file=os.pathsep.join(map(str, existing)), context=chosen, client_configuration=settings
+            )
+        except (config.ConfigException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ClusterError(f"the context '{chosen}' of {_listed(existing)} cannot be used: {error}") from error
+    _refresh_aloud(settings, chosen, plugin)
+    return Connection(client.ApiClient(settings), namespace or str(block.get("namespace") or "default"), chosen)
+
+
+@contextmanager
+def _credentials(settings: client.Configuration, context: str, plugin: Any) -> Iterator[None]:
+    """Raise what a credential plugin says when it fails: the library logs it and goes on without credentials."""
+    heard = _Heard(logging.ERROR)
+    logging.root.addHandler(heard)  # also keeps the library from making a handler that prints
     try:
-        config.load_kube_config(
-            config_file=os.pathsep.join(map(str, existing)), context=chosen, client_configuration=settings
-        )
-    except (config.ConfigException, OSError, ValueError, KeyError, TypeError) as error:
-        raise ClusterError(f"the context '{chosen}' of {_listed(existing)} cannot be used: {error}") from error
-    return Connection(client.ApiClient(settings), namespace or block.get("namespace") or "default", chosen)
+        yield
+    finally:
+        logging.root.removeHandler(heard)
+    has_some = bool(settings.api_key or settings.cert_file)
+    if not plugin or (has_some and not heard.messages):
+        return
+    command = plugin.get("command") if isinstance(plugin, dict) else plugin
+    said = " ".join(heard.messages[-1].removeprefix("exec: ").split()) if heard.messages else "it gave no credentials"
+    hint = plugin.get("installHint") if isinstance(plugin, dict) and "No such file" in said else ""
+    raise ClusterError(
+        f"the credential plugin '{command}' of the context '{context}' failed: {said}",
+        str(hint or "log in again, or name another --context"),
+    )
+
+
+class _Heard(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+def _refresh_aloud(settings: Any, context: str, plugin: Any) -> None:
+    """The same when credentials have expired and the plugin is asked again."""
+    refresh = settings.refresh_api_key_hook
+    if refresh is None or not plugin:
+        return
+
+    def aloud(current: Any) -> None:
+        with _credentials(current, context, plugin):
+            refresh(current)
+        current.refresh_api_key_hook = aloud  # the library has put its own there again
+
+    settings.refresh_api_key_hook = aloud
 
 
 def _settings() -> client.Configuration:
@@ -91,7 +142,24 @@ def _read(path: Path) -> Mapping[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise ClusterError(f"the kubeconfig {path} is no mapping of clusters, contexts and users", "name another")
+    for part, kind in _PARTS:
+        if fault := _fault(content.get(part), kind):
+            raise ClusterError(f"the kubeconfig {path} is malformed: {part}{fault}", "repair it or name another")
     return content
+
+
+def _fault(entries: Any, kind: str) -> str:
+    """What is wrong with a list of named clusters, users or contexts, or nothing."""
+    if entries is None:
+        return ""
+    if not isinstance(entries, list):
+        return " is no list"
+    for index, entry in enumerate(entries):
+        if not isinstance(entry, dict) or not entry.get("name"):
+            return f"[{index}] is no mapping with a name"
+        if entry.get(kind) is not None and not isinstance(entry[kind], dict):
+            return f"[{index}].{kind} is no mapping"
+    return ""
 
 
 def _first(documents: list[Mapping[str, Any]], field: str) -> str:
@@ -99,16 +167,20 @@ def _first(documents: list[Mapping[str, Any]], field: str) -> str:
 
 
 def _context(documents: list[Mapping[str, Any]], name: str, paths: list[Path]) -> Mapping[str, Any]:
-    known = {
-        str(entry["name"]): entry.get("context") or {}
-        for document in reversed(documents)
-        for entry in document.get("contexts") or ()
-    }
+    known = _entries(documents, "contexts", "context")
     if name not in known:
         listed = ", ".join(sorted(known)) or "none"
         raise ClusterError(f"there is no context '{name}' in {_listed(paths)}", f"known there: {listed}")
-    block: Mapping[str, Any] = known[name]
-    return block
+    return known[name]
+
+
+def _entries(documents: list[Mapping[str, Any]], part: str, kind: str) -> dict[str, Mapping[str, Any]]:
+    """Contexts or users by name; the first document that names one wins."""
+    return {
+        str(entry["name"]): entry.get(kind) or {}
+        for document in reversed(documents)
+        for entry in document.get(part) or ()
+    }
 
 
 def _in_cluster(namespace: str | None, paths: list[Path]) -> Connection:
