@@ -15,6 +15,7 @@ from finetune_api.spec_rules import SCHEDULE_FIELDS, SINGLE_FILES, UNREADABLE
 
 IMMUTABLE_REQUIRED = ("model", "dataset", "method", "output")
 IMMUTABLE_OPTIONAL = ("task", "training", "distributed")
+CHANGED_WHILE_SUSPENDED = ("resources", "placement", "checkpoint")
 
 
 def _rule(expression: str, message: str, path: str = "") -> dict[str, Any]:
@@ -28,6 +29,16 @@ def _frozen(name: str) -> dict[str, Any]:
         return _rule(f"self.{name} == oldSelf.{name}", message, f".{name}")
     absent = f"has(self.{name}) == has(oldSelf.{name})"
     return _rule(f"{absent} && (!has(self.{name}) || self.{name} == oldSelf.{name})", message)
+
+
+def _kept_while_running(name: str) -> dict[str, Any]:
+    """Pods and their configuration are made once: a change that no pod would hear of is refused."""
+    same = f"has(self.{name}) == has(oldSelf.{name}) && (!has(self.{name}) || self.{name} == oldSelf.{name})"
+    suspended = "has(self.runPolicy) && has(self.runPolicy.suspend) && self.runPolicy.suspend"
+    return _rule(
+        f"({same}) || ({suspended})",
+        f"spec.{name} can change while the job is suspended only; set runPolicy.suspend: true, change it, then resume",
+    )
 
 
 def _member(owner: str, member: str, types: tuple[str, ...], path: str) -> dict[str, Any]:
@@ -140,6 +151,7 @@ RULES: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "spec": (
         *(_frozen(name) for name in (*IMMUTABLE_REQUIRED, *IMMUTABLE_OPTIONAL)),
+        *(_kept_while_running(name) for name in CHANGED_WHILE_SUSPENDED),
         _rule(
             "self.method.type != 'Full' || !has(self.output.format) || self.output.format == 'FullModel'",
             "spec.output.format: method Full trains the model itself; use FullModel or leave it out",

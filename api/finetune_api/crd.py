@@ -17,7 +17,7 @@ _COLUMNS: tuple[tuple[str, str, str, int], ...] = (  # name, type, path, priorit
     ("Loss", "string", ".status.progress.loss", 0),
     ("ETA", "integer", ".status.progress.etaSeconds", 0),
     ("Method", "string", ".spec.method.type", 0),
-    ("Nodes", "integer", ".spec.distributed.nodes", 0),
+    ("Nodes", "integer", ".status.plan.nodes", 0),
     ("Age", "date", ".metadata.creationTimestamp", 0),
     ("Strategy", "string", ".status.plan.strategy", 1),
     ("Model", "string", ".spec.model.uri", 1),

@@ -163,7 +163,8 @@ _PLACEMENT = {
 }
 
 _CHECKPOINT = {
-    "": "When training state is saved. Restarts continue from the newest whole checkpoint.",
+    "": "When training state is saved. Restarts continue from the newest whole checkpoint. "
+    "May be changed while the job is suspended.",
     "everySteps": "Save every this many optimizer steps.",
     "everyMinutes": "Save this often by the clock; null switches it off.",
     "keep": "Checkpoints to keep; older ones are deleted.",
@@ -180,7 +181,7 @@ _OUTPUT = {
 _RUN_POLICY = {
     "": "Life cycle of the job; may be changed while it runs.",
     "suspend": "Stop after a checkpoint and keep the job; false continues it.",
-    "activeDeadlineSeconds": "Longest time to run, restarts included.",
+    "activeDeadlineSeconds": "Longest time to run, restarts included; counted anew after a suspension.",
     "ttlSecondsAfterFinished": "Delete the job this long after it finished. Artifacts stay.",
     "maxRestarts": "Restarts after failures of infrastructure before giving up.",
 }

@@ -36,6 +36,7 @@ class StatusMemory(SchemaModel):
 
 class StatusPlan(SchemaModel):
     world_size: Count
+    nodes: Count | None = None
     strategy: Name
     micro_batch_size: Count
     gradient_accumulation_steps: Count

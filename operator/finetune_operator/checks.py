@@ -20,6 +20,7 @@ STOPPING_LOOK_SECONDS = 5.0
 SUSPENDING_LOOK_SECONDS = 0.5  # a pod that has ended is removed about a second later, and its last words with it
 RESTARTING_LOOK_SECONDS = 5.0
 FIRST_PROGRESS_SECONDS = 2.0
+OTHERS_FOLLOW_SECONDS = 60.0  # launchers that have agreed on success end within seconds of each other
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,11 @@ def judge(at: Situation) -> Judgement:
 def completed(at: Situation) -> Judgement | None:
     """Every launcher exited with 0, which they do only after the artifact was read back and verified.
 
-    If nobody kept the last word of rank 0 the digest is unknown, and ``ArtifactsPublished`` says so; the job is
-    complete all the same, and its artifact names its own digest.
+    So one pod that said so and ended is enough, should another one be lost before its exit was seen: it would be made
+    again, and wait for launchers that never return. If nobody kept the last word of rank 0 the digest is unknown, and
+    ``ArtifactsPublished`` says so; the job is complete all the same, and its artifact names its own digest.
     """
-    if at.job is None or not at.job.complete:
+    if at.job is None or not (at.job.complete or _has_published(at)):
         return None
     said = _last_word(at)
     artifacts = _artifacts(said) or at.before.artifacts
@@ -67,7 +69,7 @@ def completed(at: Situation) -> Judgement | None:
         )
         message = f"completed: {count(artifacts.files, 'file')} at {artifacts.uri}"
     else:
-        where = at.plan.artifact_prefix
+        where = at.artifact_prefix
         published = Say(None, "LastWordLost", f"the pod of rank 0 is gone; {where}latest.json names what it published")
         message = f"completed, but the pod that published is gone: {where}latest.json names the artifact"
     return Judgement(
@@ -86,6 +88,13 @@ def completed(at: Situation) -> Judgement | None:
         metrics=_metrics(said) or at.before.metrics,
         ended=True,
     )
+
+
+def _has_published(at: Situation) -> bool:
+    """Whether a pod ended with a verified artifact so long ago that the others will not follow."""
+    over = (pod for pod in at.newest if pod.phase == "Succeeded" and pod.termination and pod.finished)
+    told = (pod.finished for pod in over if pod.termination and pod.termination.artifact_manifest_sha256)
+    return any((at.now - finished).total_seconds() > OTHERS_FOLLOW_SECONDS for finished in told if finished)
 
 
 def _last_word(at: Situation) -> Termination | None:

@@ -27,8 +27,12 @@ from finetune_operator.verdict import DeleteResource, Event, EventType, Verdict
 _PROGRESS_INTERVAL_SECONDS = 10
 
 
-def derive(observed: Observed, plan: Plan, settings: OperatorSettings) -> Verdict:
+def derive(
+    observed: Observed, plan: Plan | None, settings: OperatorSettings, problems: Sequence[Problem] = ()
+) -> Verdict:
     """What to say about the job and what to do. The same Observed gives the same Verdict.
+
+    ``problems``: why there is no plan. What an earlier version has started runs on under a later one that refuses it.
 
     Whoever carries it out writes the status first, so that a lost pod stands in the ledger before it is deleted, and
     makes sure of StopJob again whenever it meets a job that has ended.
@@ -38,8 +42,10 @@ def derive(observed: Observed, plan: Plan, settings: OperatorSettings) -> Verdic
         return derive_ended(observed)
     at = situation(observed, plan, settings)
     judgement = judge(at)
-    after = _status(at, judgement)
-    events = story(Change(before, after, observed, plan))
+    after = _status(at, judgement, problems)
+    events = story(Change(before, after, observed))
+    if problems and condition(before, "Accepted") != condition(after, "Accepted"):
+        events = (Event("Invalid", _first(problems), EventType.WARNING), *events)
     commands = judgement.commands + (() if judgement.ended else remedies(at))
     if judgement.ended:
         life = seconds_to_live({**observed.resource, "status": dump(after)}, observed.now)
@@ -50,11 +56,9 @@ def derive(observed: Observed, plan: Plan, settings: OperatorSettings) -> Verdic
 def derive_invalid(observed: Observed, problems: Sequence[Problem]) -> Verdict:
     """Every problem, and nothing more until the spec changes."""
     before = status_before(observed.resource)
-    told = "\n".join(cut(str(problem)) for problem in problems)[:4096]
-    more = f" (and {len(problems) - 1} more: see condition Accepted)" if len(problems) > 1 else ""
-    message = cut(str(problems[0]), 900) + more
+    message = _first(problems)
     said = {
-        "Accepted": Say(False, "InvalidSpec", told),
+        "Accepted": _refused(problems),
         "PodsReady": Say(False, "InvalidSpec"),
         "Running": Say(False, "InvalidSpec"),
         "Reconciling": Say(False, "InvalidSpec"),
@@ -71,6 +75,15 @@ def derive_invalid(observed: Observed, problems: Sequence[Problem]) -> Verdict:
     known = condition(before, "Accepted")
     new = known is None or known.status != "False" or known.message != (condition(after, "Accepted") or known).message
     return Verdict(after, (Event("Invalid", message, EventType.WARNING),) if new else ())
+
+
+def _first(problems: Sequence[Problem]) -> str:
+    more = f" (and {len(problems) - 1} more: see condition Accepted)" if len(problems) > 1 else ""
+    return cut(str(problems[0]), 900) + more
+
+
+def _refused(problems: Sequence[Problem]) -> Say:
+    return Say(False, "InvalidSpec", "\n".join(cut(str(problem)) for problem in problems))
 
 
 def derive_refused(observed: Observed, sentence: str) -> Verdict:
@@ -99,11 +112,11 @@ def has_ended(resource: Object) -> bool:
     return _is_over(status_before(resource))
 
 
-def is_settled(resource: Object) -> bool:
+def is_settled(resource: Object, job: JobView | None = None) -> bool:
     """Whether nothing is left to do but to wait for the end of its time to live."""
     status = status_before(resource)
     generation = resource["metadata"].get("generation", 1)
-    over = _is_over(status) or status.state == "Invalid"
+    over = _is_over(status) or (status.state == "Invalid" and job is None)  # what runs is looked after
     return over and status.observed_generation == generation
 
 
@@ -169,9 +182,10 @@ def derive_ended(observed: Observed) -> Verdict:
     return Verdict(after, commands=(DeleteResource(),)) if life <= 0 else Verdict(after, look_again_seconds=life)
 
 
-def _status(at: Situation, judgement: Judgement) -> FineTuneJobStatus:
+def _status(at: Situation, judgement: Judgement, problems: Sequence[Problem]) -> FineTuneJobStatus:
     before, now = at.before, time_text(at.now)
-    accepted = {"Accepted": Say(True, "Accepted", "the spec is valid"), "Stalled": Say(False, "Accepted")}
+    verdict = _refused(problems) if problems else Say(True, "Accepted", "the spec is valid")
+    accepted = {"Accepted": verdict, "Stalled": Say(False, "Accepted")}
     shows_progress = _shows_progress(at, judgement)
     fresh = shows_progress or judgement.at_once or judgement.state not in {"Running", "Publishing"}
     return FineTuneJobStatus(
@@ -213,12 +227,14 @@ def _numbers(at: Situation) -> StatusProgress | None:
     return before.model_copy(update={**loading, "eta_seconds": None, "tokens_per_second": None})
 
 
-def _plan(at: Situation) -> StatusPlan:
+def _plan(at: Situation) -> StatusPlan | None:
     """The plan as completed by a launcher, once one has; never less than what was known."""
     said = [pod.termination.plan for pod in at.observed.pods or () if pod.termination and pod.termination.plan]
     completed = at.view.plan if at.view is not None and at.view.plan is not None else next(iter(said), None)
     if completed is not None:
         return status_plan(completed)
+    if at.plan is None:
+        return at.before.plan
     planned, known = status_plan(at.plan), at.before.plan
     if known is None or known.total_steps is None:
         return planned

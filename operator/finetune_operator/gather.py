@@ -19,6 +19,7 @@ from finetune_operator.observe import (
     Observed,
     PodView,
     controller_of,
+    is_controlled_by_job,
     parse_time,
     pod_view,
 )
@@ -60,14 +61,18 @@ class Gatherer:
             await self._session.close()
 
     async def _pods(self, resource: Object, job: JobView) -> tuple[PodView, ...]:
-        """Also those of a Job that somebody deleted; not those of an earlier FineTuneJob of the same name."""
+        """Also those of a Job that somebody deleted; not those of an earlier FineTuneJob of the same name.
+
+        Nor a pod that only wears the label: a copy that somebody debugs is no rank.
+        """
         metadata = resource["metadata"]
         found = await self._kube.list(PODS, metadata["namespace"], f"{JOB_LABEL}={metadata['name']}")
         born = metadata["creationTimestamp"]
         ours = [
             pod_view(pod)
             for pod in found
-            if controller_of(pod["metadata"]) == job.uid or pod["metadata"]["creationTimestamp"] > born
+            if controller_of(pod["metadata"]) == job.uid
+            or (is_controlled_by_job(pod["metadata"], job.name) and pod["metadata"]["creationTimestamp"] > born)
         ]
         return tuple(sorted(ours, key=lambda pod: (pod.index, pod.created, pod.name)))
 
@@ -94,8 +99,10 @@ class Gatherer:
         host = f"[{pod.address}]" if ":" in pod.address else pod.address
         PROGRESS_PULLS.inc()
         try:
-            async with self._pulls, self._client().get(f"http://{host}:{METRICS_PORT}/progress") as response:
-                response.raise_for_status()
+            url = f"http://{host}:{METRICS_PORT}/progress"
+            async with self._pulls, self._client().get(url, allow_redirects=False) as response:  # pods send us nowhere
+                if response.status != 200:
+                    raise aiohttp.ClientPayloadError(f"status {response.status}")
                 text = bytearray()
                 async for part in response.content.iter_any():  # read(n) ends with the first packet
                     text += part

@@ -31,7 +31,7 @@ FIELD_MANAGER = "finetune-operator"
 PROGRESS_MANAGER = "finetune-operator-progress"
 REQUEST_SECONDS = 30.0
 CONNECTIONS = 48  # more only cost handshakes: two cores of an API server are busy with 32
-_PAGE = 500
+PAGE = 500  # objects of one LIST
 # Seconds. A look that failed would wait longer, and ask everything anew.
 _PAUSES_AFTER_A_BROKEN_CONNECTION = (0.05, 0.2)
 _BROKEN = "Disconnected"
@@ -122,7 +122,7 @@ class Kube:
         self, kind: Kind, namespace: str | None, label_selector: str = "", field_selector: str = ""
     ) -> AsyncIterator[Object]:
         """All matching objects, with one page of them in memory at a time."""
-        query = {"limit": str(_PAGE), "labelSelector": label_selector, "fieldSelector": field_selector}
+        query = {"limit": str(PAGE), "labelSelector": label_selector, "fieldSelector": field_selector}
         while True:
             page = await self._request("GET", kind, kind.path(namespace), query=query, verb="list")
             for item in page.get("items", ()):

@@ -40,21 +40,20 @@ async def list_jobs(kube: Kube, store: Store, namespaces: Collection[str]) -> se
     return changed
 
 
-async def list_everything(kube: Kube, store: Store, namespaces: Collection[str]) -> set[Key]:
-    """Mirror FineTuneJobs and Jobs, and forget those that are gone; what changed. Raises ApiError.
+async def list_everything(kube: Kube, store: Store, scope: str | None) -> set[Key]:
+    """Mirror FineTuneJobs and Jobs of a namespace (None: of the cluster), and forget those that are gone; what changed.
 
-    What the watches report meanwhile is kept: only what was known before can be missing.
+    What the watches report meanwhile is kept: only what was known before can be missing. Raises ApiError.
     """
-    before = store.uids()
+    before = store.uids(scope)
     there: set[str] = set()
     changed: set[Key] = set()
-    for scope in namespaces or (None,):
-        async for resource in kube.each(FINETUNEJOBS, scope):
-            there.add(resource["metadata"]["uid"])
-            if store.saw_resource(resource):
-                changed.add(key_of(resource))
-        async for job in kube.each(JOBS, scope, _SELECTOR):
-            there.add(job["metadata"]["uid"])
-            if key := store.saw_job(job):
-                changed.add(key)
+    async for resource in kube.each(FINETUNEJOBS, scope):
+        there.add(resource["metadata"]["uid"])
+        if store.saw_resource(resource):
+            changed.add(key_of(resource))
+    async for job in kube.each(JOBS, scope, _SELECTOR):
+        there.add(job["metadata"]["uid"])
+        if key := store.saw_job(job):
+            changed.add(key)
     return changed | store.forget_lost(before - there)

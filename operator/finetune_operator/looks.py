@@ -34,7 +34,7 @@ def wanted(
     resource: Mapping[str, Any], job: JobView | None, now: datetime, knows_pods: bool, settings: OperatorSettings
 ) -> Wanted:
     """Pods are LISTed when a decision may depend on them; progress is pulled from the pods known last."""
-    if job is None or is_settled(resource):
+    if job is None or is_settled(resource, job):
         return Wanted(False, False)
     lives = job.active > 0 or job.terminating > 0
     asked = wants_pods(resource, job, now, settings.progress.interval_seconds)

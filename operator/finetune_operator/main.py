@@ -25,7 +25,7 @@ from finetune_operator.listing import list_everything, list_jobs, unreadable
 from finetune_operator.logs import set_up
 from finetune_operator.metrics import LEADER, RECONCILE_ERRORS, REGISTRY, LiveCollector
 from finetune_operator.pages import Pages
-from finetune_operator.reconcile import Reconciler
+from finetune_operator.reconcile import ChildRefused, Reconciler
 from finetune_operator.settings import OperatorSettings, read_settings
 from finetune_operator.store import Store
 from finetune_operator.workqueue import Key, WorkQueue
@@ -187,9 +187,14 @@ class Operator:
 
     async def _reconcile(self, reconciler: Reconciler, key: Key) -> None:
         """One look; trouble with the API server is tried again later, a defect is told and tried again later."""
-        about = {"namespace": key[0], "job": key[1]}
+        entry = self._store.get(key)
+        about = {"namespace": key[0], "job": key[1], "uid": entry.resource["metadata"]["uid"] if entry else ""}
         try:
             look_again = await reconciler.reconcile(key)
+        except ChildRefused as refused:
+            RECONCILE_ERRORS.labels("Refused").inc()
+            delay = self._queue.failed(key, refused.error.retry_after_seconds or 0.0)
+            log.warning("%s (trying again in %.1f s)", refused, delay, extra=about)
         except ApiError as error:
             conflict = error.status == 409
             RECONCILE_ERRORS.labels("Conflict" if conflict else "ApiError").inc()
@@ -208,13 +213,14 @@ class Operator:
         """List everything now and then: what a broken watch missed comes to light."""
         while True:
             await asyncio.sleep(RESYNC_SECONDS)
-            try:
-                changed = await list_everything(kube, self._store, self._served)
-            except ApiError as error:
-                log.warning("resync: %s", error)
-                continue
-            for key in changed:
-                self._queue.add(key)
+            for scope in self._served or (None,):
+                try:
+                    changed = await list_everything(kube, self._store, scope)
+                except ApiError as error:  # one namespace that lost its Role stops no other
+                    log.warning("resync of %s: %s", scope or "the cluster", error)
+                    continue
+                for key in changed:
+                    self._queue.add(key)
 
     async def _unless_stopped(self, work: Coroutine[Any, Any, None]) -> bool:
         """Whether ``work`` was done before a signal came."""

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from finetune_api.report import Progress, Termination
 
+PODS_DIGEST = "finetune.dev/pods-digest"  # annotation of the Job
 JOB_LABEL = "finetune.dev/job"
 INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
 TRAINER = "trainer"  # name of the training container
@@ -40,6 +41,7 @@ class JobView:
     failure: tuple[str, str] | None = None  # (reason, message) of its Failed or FailureTarget condition
     deleting: bool = False
     owner: str = ""  # uid of the FineTuneJob that it belongs to
+    pods_digest: str | None = None  # of the blocks of the spec that its pods were made from
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ def job_view(job: Object) -> JobView:
         failure=(failed.get("reason", ""), failed.get("message", "")) if failed else None,
         deleting="deletionTimestamp" in metadata,
         owner=controller_of(metadata),
+        pods_digest=metadata.get("annotations", {}).get(PODS_DIGEST),
     )
 
 
@@ -124,6 +127,12 @@ def controller_of(metadata: Object) -> str:
     """The uid of the controller that an object belongs to, or nothing."""
     owners = metadata.get("ownerReferences") or ()
     return next((owner["uid"] for owner in owners if owner.get("controller")), "")
+
+
+def is_controlled_by_job(metadata: Object, name: str) -> bool:
+    """Whether the controller that an object belongs to is a Job of this name."""
+    owners = metadata.get("ownerReferences") or ()
+    return any(owner.get("controller") and (owner["kind"], owner["name"]) == ("Job", name) for owner in owners)
 
 
 def pod_view(pod: Object) -> PodView:

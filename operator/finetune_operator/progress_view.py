@@ -131,6 +131,7 @@ def status_plan(plan: Plan) -> StatusPlan:
     memory = plan.memory_per_device
     return StatusPlan(
         world_size=plan.world_size,
+        nodes=plan.nodes,
         strategy=cut(plan.strategy.label, 316),
         micro_batch_size=plan.micro_batch_size,
         gradient_accumulation_steps=plan.gradient_accumulation_steps,

@@ -18,7 +18,7 @@ from finetune_api.planner import make_plan
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.trainer_config import JobIdentity
 from finetune_api.validation import Place, parse_spec
-from finetune_operator.build import build_children
+from finetune_operator.build import build_children, pods_digest
 from finetune_operator.checks import WAITING_LOOK_SECONDS
 from finetune_operator.derive import (
     changes,
@@ -32,6 +32,7 @@ from finetune_operator.derive import (
     seconds_to_live,
 )
 from finetune_operator.events import tell
+from finetune_operator.failures import Budget, policy
 from finetune_operator.gather import Gatherer
 from finetune_operator.kube import (
     CONFIG_MAPS,
@@ -81,7 +82,7 @@ class Reconciler:
     settings: OperatorSettings
 
     async def reconcile(self, key: Key) -> float | None:
-        """Look at one job; the seconds until it wants to be looked at again. Raises ApiError."""
+        """Look at one job; the seconds until it wants to be looked at again. Raises ApiError and ChildRefused."""
         started = time.monotonic()
         try:
             return await self._look(key)
@@ -100,29 +101,50 @@ class Reconciler:
         job = self.store.job_of(key)
         if early := seconds_too_early(entry.resource, job, self.kube.now(), self.store.traffic):
             return early
-        if not is_settled(entry.resource):
+        if not is_settled(entry.resource, job):
             observed = await self.gatherer.gather(entry, job)
             try:
                 verdict = await self._judge(key, entry, observed)
             except ChildRefused as refused:
                 await self._write(entry, derive_refused(observed, refused.sentence))
-                raise refused.error from None
+                raise
             await self._write(entry, verdict)
             await self._obey(key, entry, verdict)
             look_again = seconds_until_next_look(verdict.status.state, verdict.look_again_seconds, self.store.traffic)
-        return await self._settle(key, entry) if is_settled(entry.resource) else look_again
+            job = self.store.job_of(key)
+        return await self._settle(key, entry) if is_settled(entry.resource, job) else look_again
 
     async def _judge(self, key: Key, entry: Entry, observed: Observed) -> Verdict:
         """Parse and plan (once per generation), make sure of the children, derive the status."""
         if has_ended(entry.resource):
             return derive_ended(observed)
+        observed = await self._drop_outdated(key, entry, observed)
         try:
             if entry.planned is None or observed.job is None:  # whatever is made now follows the rules of now
                 entry.planned = plan_of(entry.resource, self.settings, is_new=observed.job is None)
             observed = await self._ensure_children(key, entry, entry.planned, observed)
         except SpecError as error:
-            return derive_invalid(observed, error.problems)
+            if observed.job is None:
+                return derive_invalid(observed, error.problems)
+            observed = await self._follow_run_policy(key, entry.resource, observed.job, observed)
+            return derive(observed, None, self.settings, error.problems)
         return derive(observed, entry.planned[1], self.settings)
+
+    async def _drop_outdated(self, key: Key, entry: Entry, observed: Observed) -> Observed:
+        """A Job whose pods were made from blocks that have changed since is made anew, once none of its pods is left.
+
+        The API server lets those blocks change while the job is suspended only (CEL); if a resume has followed before
+        we looked, the pods are stopped first.
+        """
+        job = observed.job
+        if job is None or job.deleting or not is_outdated(entry.resource, job):
+            return observed
+        if not job.suspended or job.active or job.terminating or any(not pod.ended for pod in observed.pods or ()):
+            return observed
+        log_of(entry.resource).info("making the Job %s anew: its spec has changed while it was suspended", job.name)
+        await self.kube.delete(JOBS, key[0], job.name, job.uid)
+        self.store.forget_job_of(key, job.uid)
+        return _with_job(observed, None)
 
     async def _ensure_children(
         self, key: Key, entry: Entry, planned: tuple[FineTuneJobSpec, Plan], observed: Observed
@@ -139,15 +161,20 @@ class Reconciler:
         if job.deleting:
             return observed
         await self._make_again(entry, planned, job)
-        wanted = {"suspend": spec.run_policy.suspend, "activeDeadlineSeconds": spec.run_policy.active_deadline_seconds}
-        if (
-            (job.suspended, job.active_deadline_seconds) != tuple(wanted.values())
-            and not job.complete
-            and not job.failure
-        ):
-            await self._change_job(key, job, wanted)
-            return _with_job(observed, self.store.job_of(key))
-        return observed
+        return await self._follow_run_policy(key, entry.resource, job, observed)
+
+    async def _follow_run_policy(
+        self, key: Key, resource: Mapping[str, Any], job: JobView, observed: Observed
+    ) -> Observed:
+        """Of a Job that exists only this changes."""
+        asked = run_policy(resource)
+        suspend = bool(asked.get("suspend")) or is_outdated(resource, job)
+        wanted = {"suspend": suspend, "activeDeadlineSeconds": asked.get("activeDeadlineSeconds")}
+        current = (job.suspended, job.active_deadline_seconds)
+        if current == tuple(wanted.values()) or job.deleting or job.complete or job.failure:
+            return observed
+        await self._change_job(key, job, wanted)
+        return _with_job(observed, self.store.job_of(key))
 
     async def _make(self, manifest: Mapping[str, Any], observed: Observed) -> Mapping[str, Any]:
         """Create or apply one child. Raises ChildRefused where it is the child that the API server does not take."""
@@ -215,8 +242,7 @@ class Reconciler:
     async def _settle(self, key: Key, entry: Entry) -> float | None:
         """The job has ended: nothing of it may still run; forget all but its name."""
         now = self.kube.now()
-        if entry.resource["status"].get("state") != "Invalid":  # a spec that became invalid while it ran runs on
-            await self._stop_job(key)
+        await self._stop_job(key)
         left = seconds_to_live(entry.resource, now)
         self.store.settle(entry, None if left is None else now + timedelta(seconds=left))
         return None if left is None else max(0.0, left)
@@ -244,6 +270,11 @@ def plan_of(resource: Mapping[str, Any], settings: OperatorSettings, is_new: boo
     metadata = resource["metadata"]
     identity = JobIdentity(namespace=metadata["namespace"], name=metadata["name"], uid=metadata["uid"])
     return spec, make_plan(spec, Facts(), identity)
+
+
+def is_outdated(resource: Mapping[str, Any], job: JobView) -> bool:
+    """Whether the pods of the Job were made from other blocks of the spec than it has now."""
+    return job.pods_digest is not None and job.pods_digest != pods_digest(resource["spec"])
 
 
 def pods_begin_anew(resource: Mapping[str, Any], job: JobView) -> str | None:
@@ -287,9 +318,11 @@ def _with_job(observed: Observed, job: JobView | None) -> Observed:
 
 def _count(resource: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
     """Metrics of what the status says for the first time."""
-    told = {entry["cause"]: entry["count"] for entry in before.get("restarts") or ()}
-    for entry in after.get("restarts") or ():
-        RESTARTS.labels(cause=entry["cause"]).inc(max(0, entry["count"] - told.get(entry["cause"], 0)))
+    ended, total = before.get("totalAttempts") or 0, after.get("totalAttempts") or 0
+    for attempt in after.get("attempts") or ():
+        cause = attempt.get("cause")
+        if cause and ended <= attempt["number"] < total and policy(cause).budget not in {Budget.NEVER, Budget.FREE}:
+            RESTARTS.labels(cause=cause).inc()
     if after.get("state") != before.get("state") and after.get("state") in {"Complete", "Failed"}:
         seconds = (
             datetime.now(UTC) - datetime.fromisoformat(resource["metadata"]["creationTimestamp"])

@@ -25,7 +25,7 @@ class Situation:
     """One job at one moment."""
 
     observed: Observed
-    plan: Plan
+    plan: Plan | None  # None: this version cannot read the spec of a job that another one has started
     settings: OperatorSettings
     before: FineTuneJobStatus
     newest: tuple[PodView, ...]  # the newest pod of every index; empty if pods were not looked at
@@ -42,7 +42,18 @@ class Situation:
 
     @property
     def nodes(self) -> int:
-        return self.plan.nodes
+        if self.plan is not None:
+            return self.plan.nodes
+        return self.job.nodes if self.job is not None else 1
+
+    @property
+    def artifact_prefix(self) -> str:
+        """Where the artifact lies: an object URI that ends with "/"."""
+        if self.plan is not None:
+            return self.plan.artifact_prefix
+        metadata, output = self.observed.resource["metadata"], self.observed.resource["spec"].get("output", {})
+        parts = (str(output.get("uri", "")).rstrip("/"), metadata["namespace"], metadata["name"], metadata["uid"])
+        return "/".join((*parts, ""))
 
     @property
     def stopping(self) -> bool:
@@ -79,11 +90,12 @@ class Situation:
         return last if last is not None and last.ended_at is not None else None
 
 
-def situation(observed: Observed, plan: Plan, settings: OperatorSettings) -> Situation:
+def situation(observed: Observed, plan: Plan | None, settings: OperatorSettings) -> Situation:
     """Put together what the checks ask about."""
     before = status_before(observed.resource)
     newest = newest_pods(observed.pods or ())
     pages = sorted(observed.progress, key=lambda page: page.node_rank)
+    nodes = plan.nodes if plan is not None else observed.job.nodes if observed.job is not None else 1
     return Situation(
         observed=observed,
         plan=plan,
@@ -91,7 +103,7 @@ def situation(observed: Observed, plan: Plan, settings: OperatorSettings) -> Sit
         before=before,
         newest=newest,
         ledger=fold(before, observed, newest),
-        view=progress_view(pages, plan.nodes, observed.now),
+        view=progress_view(pages, nodes, observed.now),
     )
 
 

@@ -22,6 +22,7 @@ Object = Mapping[str, Any]
 _UNUSED_METADATA = ("managedFields",)
 _STARTING = {None, "", "Pending", "Starting"}
 _RUSH_SECONDS, _RUSH_STARTS = 10.0, 20
+_GONE_SECONDS = 900.0  # no listing takes so long
 _KEPT_WHEN_SETTLED = ("namespace", "name", "uid", "generation", "resourceVersion")
 
 
@@ -59,6 +60,7 @@ class Store:
         self._live: set[Key] = set()  # not settled
         self._starting: set[Key] = set()  # of those, what has not run yet
         self._started: deque[float] = deque(maxlen=_RUSH_STARTS)  # time.monotonic() of the last jobs that came to run
+        self._gone: dict[str, float] = {}  # uids of what was deleted lately, oldest first: a listing may still show it
 
     def get(self, key: Key) -> Entry | None:
         return self._entries.get(key)
@@ -86,7 +88,11 @@ class Store:
     def saw_resource(self, resource: Object) -> bool:
         """Remember a FineTuneJob; whether this is news (our own writes come back by the watch)."""
         key, entry = key_of(resource), self._entries.get(key_of(resource))
+        if resource["metadata"]["uid"] in self._gone:
+            return False
         if entry is None or entry.resource["metadata"]["uid"] != resource["metadata"]["uid"]:
+            if entry is not None:  # made anew under its name
+                self._bury(entry.resource["metadata"]["uid"])
             self._entries[key] = Entry(_slim(resource))
             self._count(key, resource)
             return True
@@ -114,9 +120,19 @@ class Store:
         entry = self._entries.get(key)
         if entry is None or entry.resource["metadata"]["uid"] != uid:
             return False
-        del self._entries[key]
-        self._discount(key)
+        self._forget(key)
         return True
+
+    def _forget(self, key: Key) -> None:
+        self._bury(self._entries.pop(key).resource["metadata"]["uid"])
+        self._discount(key)
+
+    def _bury(self, uid: str) -> None:
+        """Remember for a while that this object is gone: a listing that was on its way must not bring it back."""
+        now = time.monotonic()
+        while self._gone and now - (oldest := next(iter(self._gone.items())))[1] > _GONE_SECONDS:
+            del self._gone[oldest[0]]
+        self._gone[uid] = now
 
     def _count(self, key: Key, resource: Object) -> None:
         self._live.add(key)
@@ -133,7 +149,7 @@ class Store:
     def saw_job(self, job: Object) -> Key | None:
         """Remember a Job of ours; the FineTuneJob that it belongs to, if a decision may depend on what is new."""
         key = _owner_key(job)
-        if key is None:
+        if key is None or job["metadata"]["uid"] in self._gone:
             return None
         version = job["metadata"]["resourceVersion"]
         known = self._jobs.get(key)
@@ -144,27 +160,34 @@ class Store:
         return key if known is None or _essence(known[1]) != _essence(view) else None
 
     def forget_job(self, job: Object) -> Key | None:
+        """Forget a deleted Job of ours; its FineTuneJob, unless a newer Job has taken the name."""
         key = _owner_key(job)
-        known = self._jobs.get(key) if key else None
-        if key is None or known is None or known[1].uid != job["metadata"]["uid"]:
-            return None
-        del self._jobs[key]
-        return key
+        return key if key is not None and self.forget_job_of(key, job["metadata"]["uid"]) else None
 
-    def uids(self) -> frozenset[str]:
-        """Of everything mirrored now."""
-        resources = (entry.resource["metadata"]["uid"] for entry in self._entries.values())
-        return frozenset({*resources, *(view.uid for _, view in self._jobs.values())})
+    def forget_job_of(self, key: Key, uid: str) -> bool:
+        """Forget the Job with this uid; false if it was not known."""
+        known = self._jobs.get(key)
+        if known is None or known[1].uid != uid:
+            return False
+        del self._jobs[key]
+        self._bury(uid)
+        return True
+
+    def uids(self, namespace: str | None = None) -> frozenset[str]:
+        """Of everything mirrored now, in one namespace or in all."""
+        resources = {key: entry.resource["metadata"]["uid"] for key, entry in self._entries.items()}
+        jobs = {key: view.uid for key, (_, view) in self._jobs.items()}
+        found = (*resources.items(), *jobs.items())
+        return frozenset(uid for key, uid in found if namespace in (None, key[0]))
 
     def forget_lost(self, uids: frozenset[str]) -> set[Key]:
         """Forget what is no longer there, as a complete listing shows; the keys that this changes."""
         gone = {key for key, entry in self._entries.items() if entry.resource["metadata"]["uid"] in uids}
         orphaned = {key for key, (_, view) in self._jobs.items() if view.uid in uids}
         for key in gone:
-            del self._entries[key]
-            self._discount(key)
+            self._forget(key)
         for key in orphaned:
-            del self._jobs[key]
+            self._bury(self._jobs.pop(key)[1].uid)
         return gone | orphaned
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from finetune_api.plan import Plan
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator.failures import policy
 from finetune_operator.observe import Observed
@@ -24,7 +23,6 @@ class Change:
     before: FineTuneJobStatus
     after: FineTuneJobStatus
     observed: Observed
-    plan: Plan
 
     def became(self, kind: str) -> bool:
         """Whether a condition became True."""
@@ -84,8 +82,10 @@ def _restarting(change: Change) -> Iterator[Event]:
 def _running(change: Change) -> Iterator[Event]:
     if not change.became("Running"):
         return
-    plan, number = change.plan, change.after.total_attempts or 1
-    shape = f"{plan.strategy.label}, {plan.method.value}, world size {plan.world_size} on {count(plan.nodes, 'pod')}"
+    plan, number = change.after.plan, change.after.total_attempts or 1
+    method = change.observed.resource["spec"].get("method", {}).get("type", "")
+    nodes = count(plan.nodes or 1, "pod") if plan is not None else ""
+    shape = f"{plan.strategy}, {method}, world size {plan.world_size} on {nodes}" if plan is not None else method
     again = f"attempt {number} runs: " if number > 1 else "runs: "
     yield Event("Running", again + shape)
 

@@ -21,7 +21,7 @@ def test_a_listing_in_pages_finds_what_is_new_what_changed_and_what_is_gone(
     kube: Administrator, kubeconfig: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(kubeconfig))  # $KUBECONFIG at its import
-    monkeypatch.setattr(operator_kube, "_PAGE", 2)
+    monkeypatch.setattr(operator_kube, "PAGE", 2)
     namespace = kube.namespace
     made = {name: kube.create(manifest(name=name)) for name in ("same", "changed", "missed", "new-1", "new-2")}
     store = Store()
@@ -36,7 +36,7 @@ def test_a_listing_in_pages_finds_what_is_new_what_changed_and_what_is_gone(
     async def listed() -> set[tuple[str, str]]:
         client = await Kube.connect()
         try:
-            return await list_everything(client, store, [namespace])
+            return await list_everything(client, store, namespace)
         finally:
             await client.close()
 

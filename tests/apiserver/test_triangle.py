@@ -133,8 +133,8 @@ def test_what_defines_the_result_cannot_be_changed(kube: Kube, change: dict[str,
 def test_run_policy_checkpoints_and_metadata_can_be_changed(kube: Kube) -> None:
     kube.create(GOOD["the smallest job"])
     kube.patch("FineTuneJob", "support-bot", {"spec": {"runPolicy": {"suspend": True}}})
-    kube.patch("FineTuneJob", "support-bot", {"spec": {"runPolicy": {"suspend": False, "maxRestarts": 9}}})
     kube.patch("FineTuneJob", "support-bot", {"spec": {"checkpoint": {"everySteps": 10, "keep": 5}}})
+    kube.patch("FineTuneJob", "support-bot", {"spec": {"runPolicy": {"suspend": False, "maxRestarts": 9}}})
     kube.patch("FineTuneJob", "support-bot", {"metadata": {"labels": {"team": "nlp"}}})
     job = kube.get("FineTuneJob", "support-bot")
     assert job["spec"] == {

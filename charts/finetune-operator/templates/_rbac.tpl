@@ -13,7 +13,7 @@ Server-side apply of a new object needs `create` and `patch`.
   verbs: [patch]
 - apiGroups: [batch]
   resources: [jobs]
-  verbs: [get, list, watch, create, patch]
+  verbs: [get, list, watch, create, patch, delete] # delete: made anew with what has changed while it was suspended
 - apiGroups: [""]
   resources: [services, configmaps]
   verbs: [create, patch]
@@ -38,7 +38,7 @@ Server-side apply of a new object needs `create` and `patch`.
   verbs: [create]
 - apiGroups: [coordination.k8s.io]
   resources: [leases]
-  resourceNames: [{{ .Values.lease.name | quote }}]
+  resourceNames: [{{ include "finetune.leaseName" . | quote }}]
   verbs: [get, patch]
 {{- end }}
 

@@ -115,9 +115,12 @@ def test_rules_name_existing_fields_and_say_what_to_do() -> None:
 
 def test_what_defines_the_result_is_immutable() -> None:
     rules = dict(crd_nodes())["spec"]["x-kubernetes-validations"]
-    frozen = {rule["message"].split()[0] for rule in rules if "oldSelf" in rule["rule"]}
-    assert frozen == {
+    compared = [rule for rule in rules if "oldSelf" in rule["rule"]]
+    assert {rule["message"].split()[0] for rule in compared if "is immutable" in rule["message"]} == {
         *("spec.model", "spec.dataset", "spec.task", "spec.method", "spec.training", "spec.distributed", "spec.output")
+    }
+    assert {rule["message"].split()[0] for rule in compared if "while the job is suspended" in rule["message"]} == {
+        *("spec.resources", "spec.placement", "spec.checkpoint")
     }
 
 

@@ -130,7 +130,8 @@ class Life:
     told: list[str] = field(default_factory=list)  # "Reason: message" of every event
 
     def __post_init__(self) -> None:
-        self.resource = {"metadata": {"name": "bot", "namespace": "ns", "generation": 1}, "spec": self.spec}
+        metadata = {"name": "bot", "namespace": "ns", "uid": "u", "generation": 1}
+        self.resource = {"metadata": metadata, "spec": {"method": {"type": "QLoRA"}, **self.spec}}
 
     def observed(self, seconds: float, job: JobView | None, **more: Any) -> Observed:
         return Observed(resource=self.resource, now=at(seconds), job=job, **more)

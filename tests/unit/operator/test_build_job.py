@@ -8,7 +8,8 @@ import pytest
 from tests.unit.operator.build_shapes import SHAPES, children, smallest
 
 from finetune_api.exits import Cause, ExitClass
-from finetune_operator.build import Children
+from finetune_operator.build import Children, pods_digest
+from finetune_operator.observe import PODS_DIGEST
 
 
 def test_a_job_has_one_indexed_pod_per_node_and_never_gives_up_by_itself() -> None:
@@ -64,7 +65,8 @@ def test_only_our_labels_and_annotations_reach_the_job() -> None:
         "finetune.dev/job": "job",
         "finetune.dev/team": "a",
     }
-    assert metadata["annotations"] == {"finetune.dev/note": "x"}
+    assert metadata["annotations"].keys() == {"finetune.dev/note", PODS_DIGEST}
+    assert metadata["annotations"]["finetune.dev/note"] == "x"
     assert "annotations" not in built.config_map["metadata"]
 
 
@@ -97,3 +99,12 @@ def test_the_launcher_keeps_a_part_of_the_grace_period_for_its_last_word(grace: 
 def _built(shape: str) -> tuple[Children, Any]:
     spec, settings = SHAPES[shape]
     return children(spec, settings), settings
+
+
+def test_a_job_says_which_blocks_of_the_spec_its_pods_were_made_from() -> None:
+    spec = smallest()
+    digest = children(spec).job["metadata"]["annotations"][PODS_DIGEST]
+    assert digest == pods_digest(spec)
+    assert pods_digest({**spec, "runPolicy": {"suspend": True}}) == digest
+    for block in ("resources", "placement", "checkpoint"):
+        assert pods_digest({**spec, block: {}}) != digest, block

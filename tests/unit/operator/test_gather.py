@@ -63,6 +63,35 @@ def test_pages_of_other_jobs_and_cut_pages_do_not_count(monkeypatch: pytest.Monk
     assert pages([ours, cut[:-5], *told], monkeypatch) == [0]
 
 
+def test_a_pod_sends_the_operator_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bytes] = []
+
+    async def redirected() -> tuple[object, ...]:
+        async def elsewhere(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            asked.append(await reader.readuntil(b"\r\n\r\n"))
+            body = page(0).model_dump_json(by_alias=True).encode()
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+            writer.close()
+
+        async def sends(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            target = b"http://127.9.9.2:%d/metadata" % other.sockets[0].getsockname()[1]
+            writer.write(b"HTTP/1.1 302 Found\r\nLocation: %s\r\nContent-Length: 0\r\n\r\n" % target)
+            writer.close()
+
+        other = await asyncio.start_server(elsewhere, "127.9.9.2", 0)
+        first = await asyncio.start_server(sends, "127.9.9.1", 0)
+        monkeypatch.setattr(gather, "METRICS_PORT", first.sockets[0].getsockname()[1])
+        gatherer = Gatherer(Kube(ApiClient(Configuration())), SETTINGS)
+        found = await gatherer._progress(RESOURCE, (pod(0, address="127.9.9.1"),))
+        await gatherer.close()
+        for server in (first, other):
+            server.close()
+        return found
+
+    assert (asyncio.run(redirected()), asked) == ((), [])
+
+
 def test_complaints_count_since_the_pods_were_asked_for_last() -> None:
     life = Life()
     slack = timedelta(seconds=30)

@@ -53,6 +53,7 @@ def test_the_first_look_says_pending_and_nothing_else() -> None:
         "message": "waiting for 2 pods to start",
         "plan": {
             "worldSize": 2,
+            "nodes": 2,
             "strategy": "FSDP full shard",
             "microBatchSize": 1,
             "gradientAccumulationSteps": 1,
@@ -475,6 +476,54 @@ def test_an_invalid_job_lists_every_problem_once() -> None:
     life.look(10, job())
     assert life.condition("Accepted")[0] == "True"
     assert life.condition("Stalled")[0] == "False"
+
+
+PROBLEMS = [Problem("spec.novelty", None, "is not a known field", "remove it")]
+
+
+def test_a_job_that_another_version_started_is_looked_after_though_this_one_refuses_its_spec() -> None:
+    life = Life(spec={"output": {"uri": "s3://adapters"}})
+    life.run()
+    planned = life.status["plan"]
+    pods = (pod(0), pod(1))
+    verdict = derive(
+        life.observed(30, job(ready=2), pods=pods, progress=(page(0, step=9), page(1, step=9))),
+        None,
+        SETTINGS,
+        PROBLEMS,
+    )
+    life.resource["status"] = dump(verdict.status)
+    assert (life.status["state"], life.status["progress"]["step"], life.status["plan"]) == ("Running", 9, planned)
+    refused = ("False", "InvalidSpec", "spec.novelty: is not a known field; remove it")
+    assert life.condition("Accepted") == refused
+    assert [event.reason for event in verdict.events] == ["Invalid"]
+    assert not is_settled(life.resource, job())
+    again = derive(life.observed(41, job(ready=2)), None, SETTINGS, PROBLEMS)
+    assert again.events == ()
+    over = derive(life.observed(90, job(active=0, complete=True), pods=()), None, SETTINGS, PROBLEMS)
+    assert (over.status.state, over.status.message) == (
+        "Complete",
+        "completed, but the pod that published is gone: s3://adapters/ns/bot/u/latest.json names the artifact",
+    )
+
+
+def test_what_was_started_is_not_settled_though_its_status_says_invalid() -> None:
+    life = Life()
+    life.resource["status"] = dump(derive_invalid(life.observed(0, None), PROBLEMS).status)
+    assert is_settled(life.resource)
+    assert not is_settled(life.resource, job())
+
+
+def test_a_verified_artifact_is_the_end_though_another_pod_was_lost_before_its_exit_was_seen() -> None:
+    life = Life()
+    life.run()
+    first = replace(dead(pod(0), 60, 0, published()), phase="Succeeded")
+    anew = pod(1, "b", created=at(70), started=at(71))
+    life.look(90, job(succeeded=1, failed=1, active=1, ready=1), [first, dead(pod(1), 61, 137), anew])
+    assert life.status["state"] == "Restarting", "the others may still end by themselves"
+    life.look(121, job(succeeded=1, failed=1, active=1, ready=1), [first, dead(pod(1), 61, 137), anew])
+    assert (life.status["state"], life.status["message"]) == ("Complete", f"completed: 3 files at {URI}")
+    assert life.condition("ArtifactsPublished")[:2] == ("True", "Verified")
 
 
 def test_a_status_of_another_version_is_read_as_far_as_it_goes() -> None:

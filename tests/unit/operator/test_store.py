@@ -142,3 +142,32 @@ def test_jobs_that_ran_before_the_operator_came_are_no_rush() -> None:
     for number in range(30):
         store.saw_resource(_resource(5, name=f"job-{number}", uid=f"u{number}", status={"state": "Running"}))
     assert store.traffic == Traffic(live=30, starting=0)
+
+
+def test_what_was_deleted_does_not_come_back_by_a_listing_that_was_on_its_way() -> None:
+    store = Store()
+    store.saw_resource(_resource(5))
+    store.saw_job(_job(6))
+    assert store.forget_resource(KEY, "u1")
+    assert store.forget_job(_job(6)) == KEY
+    assert not store.saw_resource(_resource(5))
+    assert store.saw_job(_job(6)) is None
+    assert (store.get(KEY), store.job_of(KEY)) == (None, None)
+    assert store.saw_resource(_resource(9, uid="u2")), "a new one of that name is another"
+
+
+def test_a_job_made_anew_is_not_replaced_by_the_old_one_in_a_late_page() -> None:
+    store = Store()
+    store.saw_resource(_resource(5, uid="old"))
+    store.saw_resource(_resource(9, uid="new"))
+    assert not store.saw_resource(_resource(5, uid="old"))
+    assert store.get(KEY).resource["metadata"]["uid"] == "new"  # type: ignore[union-attr]
+
+
+def test_one_namespace_is_compared_with_what_is_known_of_it() -> None:
+    store = Store()
+    store.saw_resource(_resource(5))
+    other = _resource(5, uid="u2", name="b")
+    other["metadata"]["namespace"] = "other"
+    store.saw_resource(other)
+    assert (store.uids("team"), store.uids()) == ({"u1"}, {"u1", "u2"})
