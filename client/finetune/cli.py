@@ -36,6 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if options.debug:
             raise
+        if isinstance(error, OSError) and error.filename is not None and error.strerror:
+            where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else error.filename
+            print(f"{where}: {error.strerror}; see whether it exists and whether you may use it", file=sys.stderr)
+            return ExitClass.INVALID_SPEC.code
         if isinstance(error, ModuleNotFoundError) and error.name == _CLUSTER_LIBRARY:
             print(f"finetune {options.name} needs the Python package kubernetes; install: {_INSTALL}", file=sys.stderr)
             return ExitClass.INVALID_SPEC.code

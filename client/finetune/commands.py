@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from finetune.messages import complain
 from finetune.program import program
-from finetune_api.errors import SpecError
+from finetune_api.errors import FineTuneError, SpecError
 from finetune_api.exits import Cause
 
 if TYPE_CHECKING:
@@ -25,6 +25,11 @@ _CREDENTIALS = {
     "gs": ("GOOGLE_APPLICATION_CREDENTIALS",),
     "az": ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_TOKEN"),
     "hf": ("HF_TOKEN",),
+}
+_STATE = Path(".finetune")
+_OPTIONS_OF = {
+    "local": ("state_dir",),
+    "kubernetes": ("no_fetch", "directory", "endpoint", "namespace", "context", "kubeconfig"),
 }
 
 
@@ -82,8 +87,27 @@ def plan(options: Namespace) -> int:
     return 0
 
 
+class UsageError(FineTuneError):
+    """Options that do not go together."""
+
+    exit_code = 2
+
+
+def _check_place(options: Namespace) -> None:
+    """Refuse options of the other place rather than ignore them."""
+    for place, names in _OPTIONS_OF.items():
+        given = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name)]
+        if given and place != options.on:
+            verb = "belongs" if len(given) == 1 else "belong"
+            raise UsageError(
+                f"{', '.join(given)} {verb} to --on {place}, and this run is --on {options.on}",
+                f"drop {'it' if len(given) == 1 else 'them'}, or add --on {place}",
+            )
+
+
 def run(options: Namespace) -> int:
     """On this machine, or with ``--on kubernetes`` in a cluster."""
+    _check_place(options)
     if options.on == "kubernetes":
         from finetune.cluster.commands import run as run_in_cluster
 
@@ -94,16 +118,16 @@ def run(options: Namespace) -> int:
     from finetune.result import RunState
     from finetune_api.planner import make_plan
 
-    job = read_job(options.manifest)
+    job, state = read_job(options.manifest), options.state_dir or _STATE
     check_trainer()
     for sentence in credential_notes(job):
         print(sentence, file=sys.stderr)
-    with locked(run_directory(options.state_dir, job)):
-        before = finished_before(run_directory(options.state_dir, job), job)
+    with locked(run_directory(state, job)):
+        before = finished_before(run_directory(state, job), job)
         if before is not None:
             print("already complete: this manifest was trained before; nothing was done", file=sys.stderr)
             return _tell(before, options)
-        run = LocalRun(job, make_plan(job.spec, _facts(job), job.identity), options.state_dir)
+        run = LocalRun(job, make_plan(job.spec, _facts(job), job.identity), state)
         with make_view() as view:
             result = run.run(view)
     _tell(result, options)
@@ -134,7 +158,7 @@ def _tell(result: RunResult, options: Namespace) -> int:
 
 
 def _again(options: Namespace) -> str:
-    state = "" if options.state_dir == Path(".finetune") else f" --state-dir {options.state_dir}"
+    state = f" --state-dir {options.state_dir}" if options.state_dir else ""
     return f"{program()} run {options.manifest}{state}"
 
 

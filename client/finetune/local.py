@@ -48,6 +48,12 @@ class AlreadyRunningError(FineTuneError):
     exit_class = ExitClass.INVALID_SPEC
 
 
+class StateDirectoryError(FineTuneError):
+    """The place for local state cannot be used."""
+
+    exit_class = ExitClass.INVALID_SPEC
+
+
 def check_trainer() -> None:
     """Refuse early, in one sentence, where the trainer's libraries are missing."""
     missing = [name for name in ("torch", "transformers", "peft") if importlib.util.find_spec(name) is None]
@@ -67,8 +73,14 @@ def run_directory(state_directory: Path, job: Job) -> Path:
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """Refuse to run the same job twice at once."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "lock").open("a+") as file:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = (directory / "lock").open("a+")
+    except OSError as error:
+        raise StateDirectoryError(
+            f"the state of this run cannot be written to {directory} ({error.strerror})", "name another --state-dir"
+        ) from error
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

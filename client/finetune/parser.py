@@ -86,7 +86,7 @@ def _add_run(commands: _Commands) -> None:
     run = commands.add("run", text, _LOCAL)
     run.add_argument("manifest", help=_MANIFEST)
     run.add_argument("--on", choices=("local", "kubernetes"), default="local", help="where (default: local)")
-    run.add_argument("--state-dir", type=Path, default=Path(".finetune"), help="local state (default: .finetune)")
+    run.add_argument("--state-dir", type=Path, help="local: where its state is kept (default: .finetune)")
     run.add_argument(
         "-o", "--output", choices=("text", "json"), default="text", help="json: one object on standard output"
     )
@@ -144,10 +144,9 @@ def _add_fetch(commands: _Commands) -> None:
 
 
 def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError("must not be negative")
-    return number
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"'{text}' is no number of lines; write for instance 100")
+    return int(text)
 
 
 def _duration(text: str) -> float:

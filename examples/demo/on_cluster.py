@@ -147,10 +147,11 @@ def base_model() -> None:
 
 
 def install(place: Place) -> None:
-    values: dict[str, Any] = {"image": {}, "fullnameOverride": "finetune-operator", "progress": {"intervalSeconds": 2}}
-    for target, name in place.images.items():
-        repository, _, tag = name.rpartition(":")
-        values["image"][target] = {"repository": repository, "tag": tag}
+    values = {
+        "image": {target: image_values(name) for target, name in place.images.items()},
+        "fullnameOverride": "finetune-operator",
+        "progress": {"intervalSeconds": 2},
+    }
     file = demo.STATE / "values.json"
     file.write_text(json.dumps(values))
     chart = str(demo.REPOSITORY / "charts" / "finetune-operator")
@@ -174,6 +175,15 @@ def install(place: Place) -> None:
     metadata = {"name": "bucket", "namespace": NAMESPACE}
     apply(place, {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "stringData": keys})
     demo.say(f"installed; the namespace {NAMESPACE} admits restricted pods only")
+
+
+def image_values(name: str) -> dict[str, str]:
+    """``registry:5000/x:tag``, ``x@sha256:...`` or ``x`` (which is ``x:latest``), as the chart takes images apart."""
+    named, _, digest = name.partition("@")
+    path, slash, last = named.rpartition("/")
+    last, _, tag = last.partition(":")
+    version = {"digest": digest} if digest else {"tag": tag or "latest"}
+    return {"repository": f"{path}{slash}{last}", **version}
 
 
 def upload(place: Place) -> None:

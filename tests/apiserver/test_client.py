@@ -164,6 +164,19 @@ def test_a_manifest_comes_from_standard_input_and_goes_where_the_command_line_sa
     assert (code, json.loads(said)["metadata"]["namespace"]) == (0, kube.namespace)
 
 
+def test_several_manifests_are_one_list_also_where_the_cluster_refuses_the_last(shell: Shell, kube: Kube) -> None:
+    for name in ("one", "two"):
+        write(shell.folder, manifest(name=name), f"{name}.yaml")
+    write(shell.folder, manifest(name="one", training={"epochs": 2}), "other.yaml")
+    code, said, _ = shell("submit", "one.yaml", "two.yaml", "-o", "json")
+    listed = json.loads(said)
+    assert (code, listed["kind"]) == (0, "List")
+    assert [item["metadata"]["name"] for item in listed["items"]] == ["one", "two"]
+    code, said, _ = shell("submit", "two.yaml", "other.yaml", "-o", "yaml")
+    assert code == 1
+    assert [item["metadata"]["name"] for item in YAML(typ="safe").load(said)["items"]] == ["two"]
+
+
 def test_every_problem_of_every_manifest_is_told_before_anything_is_created(shell: Shell, kube: Kube) -> None:
     write(shell.folder, manifest())
     write(shell.folder, manifest(model={"uri": "file:///models/base"}, method={"type": "Lora"}), "bad.yaml")
@@ -587,11 +600,22 @@ def test_an_artifact_is_fetched_and_verified(shell: Shell, kube: Kube, bot: str)
         "",
     )
     assert (shell.folder / "adapter" / "adapter.bin").read_bytes() == b"adapter.bin" * 100
+    assert shell("fetch", bot, "-o", "adapter")[0] == 0, "it is there already"
+    (shell.folder / "adapter" / "manifest.json").unlink()
     code, _, complaint = shell("fetch", bot, "-o", "adapter")
     assert (code, complaint) == (
         16,
         "'adapter' is not empty; choose another directory for the artifact.\n",
     )
+
+
+def test_an_artifact_is_fetched_to_the_folder_that_the_user_is_in(shell: Shell, kube: Kube, bot: str) -> None:
+    uri, sha256 = publish(shell.folder / "elsewhere")
+    be_operator(kube, bot, complete(uri, sha256))
+    shell.folder = shell.folder / "here"
+    shell.folder.mkdir()
+    assert shell("fetch", bot, "-o", ".") == (0, ".: 2 files, 2.9 KiB, every digest verified (Adapter)\n", "")
+    assert (shell.folder / "adapter.bin").exists()
 
 
 def test_an_artifact_that_is_not_the_reported_one_is_refused(shell: Shell, kube: Kube, bot: str) -> None:
@@ -667,6 +691,59 @@ def test_run_on_kubernetes_submits_follows_and_fetches(shell: Shell, kube: Kube)
     told.until(kube, "fetched to bot, every digest verified")
     assert "attempt 1 ended at step 217 (RankKilled): rank 3 was killed by SIGKILL" in told.lines
     assert "Completed: completed after 1170 steps" in told.lines
+
+
+def test_a_run_whose_folder_is_taken_is_refused_before_anything_is_created(shell: Shell, kube: Kube) -> None:
+    write(shell.folder, manifest(name="bot"))
+    (shell.folder / "bot").mkdir()
+    (shell.folder / "bot" / "notes").touch()
+    run = ("run", "--on", "kubernetes", "job.yaml")
+    how = "name another with --directory, or leave the artifact where it is with --no-fetch\n"
+    assert shell(*run) == (16, "", f"'bot' is not empty and the artifact of 'bot' is to go there; {how}")
+    assert shell(*run, "--directory", "/proc/nope/bot") == (
+        16,
+        "",
+        "'/proc/nope/bot' cannot be written (No such file or directory); choose another directory for the artifact.\n",
+    )
+    assert kube.find("FineTuneJob", "bot") is None
+    kube.create(manifest(name="bot"))
+    be_operator(kube, "bot", failed())
+    assert shell(*run)[0] == 11, "nothing will be fetched"
+
+
+def test_the_same_run_again_finds_its_artifact_where_it_was_fetched_to(shell: Shell, kube: Kube) -> None:
+    uri, sha256 = publish(shell.folder)
+    kube.create(manifest(name="bot"))
+    be_operator(kube, "bot", complete(uri, sha256))
+    write(shell.folder, manifest(name="bot"))
+    for _ in range(2):
+        code, said, complaint = shell("run", "--on", "kubernetes", "job.yaml")
+        assert (code, said.splitlines()[-1]) == (0, "fetched to bot, every digest verified"), complaint
+    (shell.folder / "bot" / "adapter.bin").write_bytes(b"changed")
+    code, _, complaint = shell("run", "--on", "kubernetes", "job.yaml")
+    assert (code, complaint.splitlines()[-1]) == (
+        16,
+        "'bot' holds this artifact, changed since it was fetched: 'adapter.bin' has 7 bytes instead of 1100."
+        " Remove it, or choose another directory for the artifact.",
+    )
+
+
+def test_an_artifact_in_a_volume_of_the_cluster_is_left_there(shell: Shell, kube: Kube) -> None:
+    content = manifest(name="bot", output={"uri": "pvc://models/out"})
+    write(shell.folder, content)
+    kube.create(content)
+    be_operator(kube, "bot", complete("pvc://models/out/artifacts/0123456789ab/"))
+    code, said, _ = shell("run", "--on", "kubernetes", "job.yaml")
+    assert (code, said.splitlines()[-1]) == (
+        0,
+        "not fetched: the PersistentVolumeClaim 'models' is not mounted on this machine",
+    )
+    assert shell("fetch", "bot") == (
+        16,
+        "",
+        "the artifact lies in the PersistentVolumeClaim 'models' (pvc://models/out/artifacts/0123456789ab/), which is"
+        " not mounted on this machine; run this in a pod that mounts it at /mnt/pvc/models\n",
+    )
 
 
 def test_a_fetch_that_failed_is_offered_again_as_it_was_meant(
@@ -1008,6 +1085,19 @@ def test_the_first_error_is_that_of_the_guilty_rank(shell: Shell, kube: Kube, bo
         "  rank 3 | no memory\n",
         "",
     )
+
+
+def test_of_an_invalid_job_the_first_error_is_every_problem_of_its_spec(shell: Shell, kube: Kube, bot: str) -> None:
+    told = condition("Accepted", "False", "InvalidSpec", "spec.a: is wrong; mend it\nspec.b: is wrong; mend it")
+    first = "spec.a: is wrong; mend it (and 1 more: see condition Accepted)"
+    be_operator(kube, bot, FineTuneJobStatus(state="Invalid", message=first, conditions=(told,)))
+    assert shell("logs", bot, "--first-error") == (
+        0,
+        "bot: the spec is invalid and nothing has run\n  spec.a: is wrong; mend it\n  spec.b: is wrong; mend it\n",
+        "",
+    )
+    be_operator(kube, bot, failed("DeadlineExceeded", "runPolicy.activeDeadlineSeconds (60) is over"))
+    assert shell("logs", bot, "--first-error")[1] == "bot: failed: runPolicy.activeDeadlineSeconds (60) is over\n"
 
 
 def test_artifacts_of_a_status_are_those_of_the_api(kube: Kube, bot: str) -> None:

@@ -39,13 +39,17 @@ def submit(options: Namespace) -> int:
         return code
     cluster = _cluster(options)
     places = [settle_namespace(submission, cluster, options.namespace) for submission in submissions]
-    for submission, namespace in zip(submissions, places, strict=True):
-        cluster.namespace = namespace
-        submitted = create(cluster, submission)
-        if options.output == "text":
-            _say_submitted(submitted, options)
-        else:
-            _dump(submitted.job.raw, options.output)
+    made: list[Mapping[str, Any]] = []
+    try:
+        for submission, namespace in zip(submissions, places, strict=True):
+            cluster.namespace = namespace
+            submitted = create(cluster, submission)
+            made.append(submitted.job.raw)
+            if options.output == "text":
+                _say_submitted(submitted, options)
+    finally:  # also what was made before the cluster refused one
+        if options.output != "text" and made:
+            _dump(made[0] if len(submissions) == 1 else _list_of(made), options.output)
     return 0
 
 
@@ -68,7 +72,7 @@ def list_jobs(options: Namespace) -> int:
     cluster = _cluster(options)
     found = cluster.jobs(options.all_namespaces, options.selector)
     if options.output != "text":
-        _dump({"apiVersion": "v1", "kind": "List", "items": found}, options.output)
+        _dump(_list_of(found), options.output)
         return 0
     if not found:
         place = "any namespace" if options.all_namespaces else f"the namespace '{cluster.namespace}'"
@@ -101,13 +105,14 @@ def status(options: Namespace) -> int:
 
 def logs(options: Namespace) -> int:
     """The output of a rank, or the cause of the newest failure."""
-    from finetune.cluster.first_error import find_first_error, first_error_screen
+    from finetune.cluster.first_error import find_first_error, first_error_screen, nothing_ran_screen
     from finetune.cluster.logs import Reader, print_logs
 
     cluster = _cluster(options)
     if options.first_error:
-        error = find_first_error(cluster, options.job)
-        print(first_error_screen(options.job, error) if error else f"{options.job}: nothing has failed")
+        job = cluster.job(options.job)
+        error = find_first_error(cluster, job)
+        print(first_error_screen(job.name, error) if error else nothing_ran_screen(job))
         return 0
     reader = Reader(
         write=lambda line: print(line, flush=True),
@@ -212,6 +217,7 @@ def _say_confirmed(fetched: Any) -> None:
 
 def run(options: Namespace) -> int:
     """Submit, follow, fetch. Ctrl-C leaves the job alone."""
+    from finetune.cluster.fetch import check_directory, claim_elsewhere
     from finetune.cluster.follow import follow
     from finetune.cluster.submit import read_submission, settle_namespace
     from finetune.cluster.submit import submit as create
@@ -220,6 +226,8 @@ def run(options: Namespace) -> int:
     submission = read_submission(options.manifest)
     cluster = _cluster(options)
     cluster.namespace = settle_namespace(submission, cluster, options.namespace)
+    if not options.no_fetch and not claim_elsewhere(submission.spec.output.uri):
+        check_directory(cluster, submission.name, options.directory or Path(submission.name))
     submitted = create(cluster, submission)
     found = "created" if submitted.created else f"found ({submitted.job.state})"
     print(f"FineTuneJob '{submission.name}' {found} in the namespace '{cluster.namespace}'", file=sys.stderr)
@@ -235,11 +243,13 @@ def run(options: Namespace) -> int:
 
 
 def _finish(job: Job, options: Namespace) -> int:
+    from finetune.cluster.fetch import claim_elsewhere
     from finetune.cluster.fetch import fetch as download
     from finetune.cluster.follow import result_of
 
     result = result_of(job)
     wanted = job.ended == COMPLETE and not options.no_fetch
+    claim = claim_elsewhere(str(job.spec["output"]["uri"])) if wanted else ""
     directory = options.directory or Path(job.name)
     stream = sys.stderr if options.output == "json" else sys.stdout
     print(f"{result.state.value}: {result.message}", file=stream)
@@ -248,7 +258,9 @@ def _finish(job: Job, options: Namespace) -> int:
     for name, value in sorted(result.metrics.items()):
         print(f"  {name} {value:.6g}", file=stream)
     try:
-        if wanted:
+        if claim:
+            print(f"not fetched: the PersistentVolumeClaim '{claim}' is not mounted on this machine", file=stream)
+        elif wanted:
             fetched = download(job, directory, options.endpoint)
             _say_confirmed(fetched)
             known = result.artifacts or fetched.artifacts
@@ -292,6 +304,10 @@ def _line(*words: str) -> str:
 
 def _cluster(options: Namespace) -> Cluster:
     return open_cluster(options.kubeconfig, options.context, options.namespace)
+
+
+def _list_of(items: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    return {"apiVersion": "v1", "kind": "List", "items": items}
 
 
 def _now() -> datetime:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from finetune.cluster.api import Cluster
 from finetune.cluster.errors import ClusterError, Request
-from finetune.cluster.job import Job
+from finetune.cluster.job import FAILED, INVALID, Job
 from finetune.cluster.pods import CONTAINER, TrainerPod, trainer_pods
 from finetune.result import decisive
 from finetune_api.exits import Cause, ExitClass
@@ -28,12 +28,11 @@ class FirstError:
     last_lines: tuple[str, ...] = ()
 
 
-def find_first_error(cluster: Cluster, name: str) -> FirstError | None:
+def find_first_error(cluster: Cluster, job: Job) -> FirstError | None:
     """The guilty pod and rank of the newest failed attempt, by the ledger and the launchers' last words.
 
     ``None``: nothing failed.
     """
-    job = cluster.job(name)
     attempt = failed_attempt(job)
     pods = [pod for pod in trainer_pods(cluster.pods(job)) if pod.ended]
     pod = guilty_pod(pods, attempt)
@@ -91,6 +90,17 @@ def _tail(cluster: Cluster, pod: TrainerPod) -> tuple[str, ...]:
     except ClusterError:  # the node is gone; the ledger still tells the story
         return ()
     return tuple(str(text).splitlines())
+
+
+def nothing_ran_screen(job: Job) -> str:
+    """Of a job without a failed attempt: every problem of its spec, or why it has failed all the same."""
+    if job.ended == INVALID:
+        accepted = job.condition("Accepted")
+        problems = (accepted.message if accepted and accepted.message else job.message).splitlines()
+        return "\n".join([f"{job.name}: the spec is invalid and nothing has run", *(f"  {line}" for line in problems)])
+    if job.ended == FAILED:
+        return f"{job.name}: failed: {job.message}"
+    return f"{job.name}: nothing has failed"
 
 
 def first_error_screen(name: str, error: FirstError) -> str:

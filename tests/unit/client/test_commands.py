@@ -17,6 +17,7 @@ from tests.unit.trainer.report_builders import make_report
 
 from finetune.cli import main
 from finetune.commands import credential_notes
+from finetune.local import run_directory
 from finetune.manifests import read_job, resolve_relative_uris
 from finetune.progress_view import duration
 from finetune.result import decisive
@@ -145,6 +146,59 @@ def test_missing_model_files_are_told_before_anything_runs(manifest: Path, tmp_p
     place = "point spec.model.uri at the directory that has it"
     assert ended.stderr == f"The base model file://{tmp_path}/model has no config.json; {place}.\n"
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (
+            "--no-fetch",
+            "--no-fetch belongs to --on kubernetes, and this run is --on local; drop it, or add --on kubernetes",
+        ),
+        (
+            "--directory a --endpoint http://s3 --namespace team --context lab --kubeconfig file",
+            "--directory, --endpoint, --namespace, --context, --kubeconfig belong to --on kubernetes, and this run is"
+            " --on local; drop them, or add --on kubernetes",
+        ),
+        (
+            "--on kubernetes --state-dir state",
+            "--state-dir belongs to --on local, and this run is --on kubernetes; drop it, or add --on local",
+        ),
+    ],
+)
+def test_options_of_the_other_place_are_refused(
+    manifest: Path, words: str, complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", str(manifest), *words.split()]) == 2
+    assert capsys.readouterr().err == f"{complaint}\n"
+
+
+@pytest.mark.parametrize("text", ["abc", "-1", "1.5", ""])
+def test_a_tail_that_is_no_number_is_told_in_words(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["logs", "bot", f"--tail={text}"])
+    assert caught.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.endswith(f"error: argument --tail: '{text}' is no number of lines; write for instance 100")
+
+
+def test_a_state_directory_that_cannot_be_made_is_told_in_a_sentence(
+    manifest: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", str(manifest), "--state-dir", "/proc/nope"]) == 10
+    where = run_directory(Path("/proc/nope"), read_job(str(manifest)))
+    assert capsys.readouterr().err == (
+        f"the state of this run cannot be written to {where} (No such file or directory); name another --state-dir\n"
+    )
+
+
+def test_a_file_of_this_machine_that_cannot_be_used_is_no_defect_of_the_command(
+    manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = run_directory(tmp_path / "state", read_job(str(manifest))) / "result.json"
+    file.mkdir(parents=True)
+    assert main(["run", str(manifest), "--state-dir", str(tmp_path / "state")]) == 10
+    assert capsys.readouterr().err == f"{file}: Is a directory; see whether it exists and whether you may use it\n"
 
 
 def test_schema_and_crd_are_what_lies_in_the_repository(tmp_path: Path) -> None:
