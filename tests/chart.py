@@ -48,15 +48,17 @@ def helm(*arguments: str, values: Document | None = None, check: bool = True) ->
     return done
 
 
-def render(values: Document | None = None, *arguments: str, namespace: str = NAMESPACE) -> list[Document]:
+def render(
+    values: Document | None = None, *arguments: str, namespace: str = NAMESPACE, release: str = RELEASE
+) -> list[Document]:
     """Every object of the release, the test pod too."""
-    text = _rendered(json.dumps(values or {}), namespace, arguments)
+    text = _rendered(json.dumps(values or {}), namespace, release, arguments)
     return [document for document in YAML(typ="safe").load_all(text) if document]
 
 
 @cache
-def _rendered(values: str, namespace: str, arguments: tuple[str, ...]) -> str:
-    command = ("template", RELEASE, str(CHART), "--namespace", namespace, *arguments)
+def _rendered(values: str, namespace: str, release: str, arguments: tuple[str, ...]) -> str:
+    command = ("template", release, str(CHART), "--namespace", namespace, *arguments)
     return helm(*command, values=json.loads(values)).stdout
 
 
@@ -74,9 +76,9 @@ def one(documents: list[Document], kind: str, name: str = "") -> Document:
     return found[0]
 
 
-def settings_of(documents: list[Document]) -> Document:
-    """config.json of the operator."""
-    loaded: Document = json.loads(one(documents, "ConfigMap", RELEASE)["data"]["config.json"])
+def settings_of(documents: list[Document], name: str = RELEASE) -> Document:
+    """config.json of the operator; ``name``: the release's full name."""
+    loaded: Document = json.loads(one(documents, "ConfigMap", name)["data"]["config.json"])
     return loaded
 
 

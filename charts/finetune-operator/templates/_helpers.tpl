@@ -23,6 +23,11 @@
 {{- if eq $name .Release.Namespace -}}{{ $name }}{{- else -}}{{ printf "%s:%s" .Release.Namespace $name }}{{- end -}}
 {{- end }}
 
+{{/* Of the release alone: two releases with a Lease in common would wait for each other for ever. */}}
+{{- define "finetune.leaseName" -}}
+{{- default (include "finetune.fullname" .) .Values.lease.name -}}
+{{- end }}
+
 {{- define "finetune.serviceAccountName" -}}
 {{- if .Values.serviceAccount.create -}}
 {{- default (include "finetune.fullname" .) .Values.serviceAccount.name -}}
@@ -32,8 +37,8 @@
 {{- end }}
 
 {{- define "finetune.selectorLabels" -}}
-app.kubernetes.io/name: {{ include "finetune.name" . }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/name: {{ include "finetune.name" . | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 app.kubernetes.io/component: operator
 {{- end }}
 

@@ -27,7 +27,7 @@
   "concurrency" (int .Values.concurrency)
   "lease" (dict
     "enabled" .Values.lease.enabled
-    "name" .Values.lease.name
+    "name" (include "finetune.leaseName" .)
     "namespace" .Release.Namespace
     "durationSeconds" (int .Values.lease.durationSeconds)
     "renewDeadlineSeconds" (int .Values.lease.renewDeadlineSeconds)

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from tests.chart import CHART, DIGEST, MONITORING, Document, alert_rules, helm, load_yaml, matrix, one, render
+from tests.chart import (
+    CHART,
+    DIGEST,
+    EVERY_SWITCH,
+    MONITORING,
+    Document,
+    alert_rules,
+    helm,
+    load_yaml,
+    matrix,
+    one,
+    render,
+    settings_of,
+)
 
 from finetune_api.crd import custom_resource_definition
 
@@ -60,7 +74,7 @@ def test_the_operator_may_do_exactly_this() -> None:
     assert granted == {
         "finetune.dev/finetunejobs": ["list", "watch", "delete"],
         "finetune.dev/finetunejobs/status": ["patch"],
-        "batch/jobs": ["get", "list", "watch", "create", "patch"],
+        "batch/jobs": ["get", "list", "watch", "create", "patch", "delete"],
         "core/services": ["create", "patch"],
         "core/configmaps": ["create", "patch"],
         "core/pods": ["list", "delete"],
@@ -218,8 +232,10 @@ def test_training_pods_may_only_be_reached_by_each_other_the_operator_and_promet
         "egress": [
             {"to": [{"namespaceSelector": {}}]},
             {"to": [
-                {"ipBlock": {"cidr": "0.0.0.0/0", "except": ["169.254.169.254/32"]}},
-                {"ipBlock": {"cidr": "::/0", "except": ["fd00:ec2::254/128"]}},
+                {"ipBlock": {
+                    "cidr": "0.0.0.0/0", "except": ["169.254.169.254/32", "168.63.129.16/32", "100.100.100.200/32"],
+                }},
+                {"ipBlock": {"cidr": "::/0", "except": ["fd00:ec2::254/128", "fd20:ce::254/128"]}},
             ]},
         ],
     }  # fmt: skip
@@ -332,6 +348,51 @@ def test_two_releases_share_nothing_but_what_they_must() -> None:
     second = kinds(render({"crds": {"install": False}}, namespace="two"))
     shared = {entry for entry in first if entry[0] in CLUSTER_SCOPED} & {e for e in second if e[0] in CLUSTER_SCOPED}
     assert shared == set()
+
+
+def test_two_releases_in_one_namespace_share_nothing_not_even_the_lease() -> None:
+    team_a, team_b = (
+        render({"namespaces": [name], "crds": {"install": False}}, release=name) for name in ("team-a", "team-b")
+    )
+    assert set(kinds(team_a)) & set(kinds(team_b)) == set()
+    for documents, name in ((team_a, "team-a-finetune-operator"), (team_b, "team-b-finetune-operator")):
+        assert settings_of(documents, name)["lease"]["name"] == name
+        assert one(documents, "Role", f"{name}-lease")["rules"][1]["resourceNames"] == [name]
+
+
+def test_a_lease_that_the_values_name_is_the_one_that_the_operator_asks_for_and_may_have() -> None:
+    documents = render({"lease": {"name": "shared"}})
+    assert settings_of(documents)["lease"]["name"] == "shared"
+    assert one(documents, "Role", "finetune-operator-lease")["rules"][1]["resourceNames"] == ["shared"]
+
+
+def leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if not isinstance(value, dict | list):
+        yield path, value
+        return
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        yield from leaves(inner, (*path, str(key)))
+
+
+@pytest.mark.parametrize("word", ["123", "true", "null", "1e3"])
+def test_names_that_yaml_takes_for_something_else_stay_strings(word: str) -> None:
+    letters = word if word[0].isalpha() else "on"
+    values = {
+        "nameOverride": word, "fullnameOverride": letters, "priorityClassName": word, "replicas": 2,
+        "serviceAccount": {"name": word}, "networkPolicy": {"enabled": True}, "monitoring": EVERY_SWITCH,
+        "crds": {"install": False},
+    }  # fmt: skip
+    documents = render(values, release=word)
+    names = {"name", "priorityClassName", "serviceAccountName"}
+    maps = {"labels", "annotations", "matchLabels", "selector"}
+    for document in documents:
+        for path, leaf in leaves(document):
+            if path[-1] in names or (path[-2:-1] and path[-2] in maps):
+                assert isinstance(leaf, str), (document["kind"], path, leaf)
+    pod = one(documents, "Deployment", letters)["spec"]["template"]
+    assert pod["spec"]["priorityClassName"] == pod["spec"]["serviceAccountName"] == word
+    assert pod["metadata"]["labels"]["app.kubernetes.io/name"] == word
+    assert pod["metadata"]["labels"]["app.kubernetes.io/instance"] == word
 
 
 def test_install_yaml_and_the_other_rendered_files_are_fresh(capsys: pytest.CaptureFixture[str]) -> None:
