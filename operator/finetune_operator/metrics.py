@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from importlib.metadata import version
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
@@ -45,14 +45,34 @@ JOB_SECONDS = Histogram(
     buckets=(60, 300, 900, 1800, 3600, 3 * 3600, 6 * 3600, 12 * 3600, 24 * 3600, 3 * 24 * 3600, 7 * 24 * 3600),
 )
 LEADER = Gauge(f"{_PREFIX}_leader", "1 while this replica holds the Lease (or needs none).", registry=REGISTRY)
+EVERYWHERE = "*"  # no namespace can be called so
+WATCHES = Gauge(
+    f"{_PREFIX}_watches",
+    f"1 for each namespace that this replica works on; {EVERYWHERE} is the whole cluster.",
+    ["watched_namespace"],
+    registry=REGISTRY,
+)
 BUILD_INFO = Gauge(f"{_PREFIX}_build_info", "1; the version is the label.", ["version"], registry=REGISTRY)
 BUILD_INFO.labels(version=version("finetune-operator")).set(1)
 for _outcome in ("Complete", "Failed"):
     JOB_SECONDS.labels(outcome=_outcome)
 for _cause in POLICIES:
     RESTARTS.labels(cause=_cause)
-for _error in ("ApiError", "Conflict", "InternalError"):
+for _error in ("ApiError", "Conflict", "InternalError", "Refused"):
     RECONCILE_ERRORS.labels(_error)
+
+
+def take_lead(namespaces: Collection[str]) -> None:
+    """This replica works from now on, on these namespaces; on all if none is named."""
+    LEADER.set(1)
+    for name in namespaces or (EVERYWHERE,):
+        WATCHES.labels(name).set(1)
+
+
+def give_up_lead() -> None:
+    """This replica works no more."""
+    LEADER.set(0)
+    WATCHES.clear()
 
 
 class LiveCollector(Collector):

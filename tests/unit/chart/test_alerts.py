@@ -16,23 +16,32 @@ OPERATOR = 'namespace="finetune-system",job="finetune-operator",pod="operator-1"
 TRAINER = 'namespace="team-a",finetune_job="bot",finetune_node="0",pod="ftj-bot-0-x"'
 
 
-def operator(name: str, values: str, labels: str = "") -> Document:
-    return {"series": f"finetune_operator_{name}{{{OPERATOR}{labels and ',' + labels}}}", "values": values}
+def operator(name: str, values: str, labels: str = "", target: str = OPERATOR) -> Document:
+    """``target``: the labels that the scrape configuration adds."""
+    return {"series": f"finetune_operator_{name}{{{target}{labels and ',' + labels}}}", "values": values}
 
 
-def trainer(name: str, values: str, labels: str = "") -> Document:
-    return {"series": f"finetune_{name}{{{TRAINER}{labels and ',' + labels}}}", "values": values}
+def trainer(name: str, values: str, labels: str = "", target: str = TRAINER) -> Document:
+    return {"series": f"finetune_{name}{{{target}{labels and ',' + labels}}}", "values": values}
+
+
+def watches(namespace: str, release: str, watched: str, values: str = "1x90") -> Document:
+    """A leader's own series, of a release in ``namespace``."""
+    target = f'namespace="{namespace}",job="{release}",pod="{release}-1"'
+    return operator("watches", values, f'watched_namespace="{watched}"', target)
 
 
 HEALTHY = [
     operator("build_info", "1x300", 'version="0.1.0"'),
     operator("leader", "1x300"),
+    operator("watches", "1x300", 'watched_namespace="*"'),
     operator("jobs", "0x300", 'state="Pending"'),
     operator("jobs", "1x300", 'state="Running"'),
     operator("queue_oldest_seconds", "0x300"),
     operator("reconcile_duration_seconds_bucket", "0+60x300", 'le="0.1"'),
     operator("reconcile_duration_seconds_bucket", "0+60x300", 'le="+Inf"'),
     operator("reconcile_errors_total", "0+60x300", 'class="Conflict"'),
+    operator("reconcile_errors_total", "0+60x300", 'class="Refused"'),
     operator("reconcile_errors_total", "0x300", 'class="InternalError"'),
     operator("api_requests_total", "0+60x300", 'verb="patch",resource="finetunejobs",code="200"'),
     operator("api_requests_total", "0+1x300", 'verb="patch",resource="finetunejobs",code="409"'),
@@ -41,6 +50,7 @@ HEALTHY = [
     operator("job_seconds_count", "0+1x300", 'outcome="Complete"'),
     operator("job_seconds_count", "0x300", 'outcome="Failed"'),
     operator("restarts_total", "0+1x3 3x297", 'cause="Infrastructure"'),
+    operator("restarts_total", "0+1x300", 'cause="Suspended"'),
     trainer("phase", "1x5 0x295", 'phase="FetchingModel"'),
     trainer("phase", "0x5 1x295", 'phase="Training"'),
     trainer("phase", "0x300", 'phase="Publishing"'),
@@ -65,14 +75,18 @@ class Case:
     minute: int = 60
 
 
+def pod_of(node: int, name: str = "x") -> str:
+    return f'namespace="team-a",finetune_job="bot",finetune_node="{node}",pod="ftj-bot-{node}-{name}"'
+
+
 SYSTEM, JOB = {"namespace": "finetune-system"}, {"namespace": "team-a", "finetune_job": "bot"}
 CASES = [
     Case("FinetuneOperatorDown", [trainer("step", "1x90")]),
     Case("FinetuneOperatorWithoutLeader", [operator("leader", "0x90")], {**SYSTEM, "job": "finetune-operator"}),
     Case(
         "FinetuneOperatorSeveralLeaders",
-        [operator("leader", "1x90"), operator("leader", "1x90", 'replica="another"')],
-        {**SYSTEM, "job": "finetune-operator"}, "2",
+        [watches("finetune-system", "finetune-operator", "*"), watches("ops", "another", "*")],
+        {"watched_namespace": "*"}, "2",
     ),
     Case(
         "FinetuneOperatorReconcileErrors", [operator("reconcile_errors_total", "0+30x90", 'class="ApiError"')],
@@ -109,7 +123,10 @@ CASES = [
         "FineTuneJobsRestarting", [operator("restarts_total", "0+0.1x90", 'cause="Infrastructure"')],
         {**SYSTEM, "cause": "Infrastructure"}, "6",
     ),
-    Case("FineTuneJobRestartingTooOften", [trainer("restarts_total", "0+0.1x90")], JOB, "6"),
+    Case(
+        "FineTuneJobRestartingTooOften",
+        [trainer("restarts_total", "0+0.1x90", target=pod_of(node)) for node in (0, 1, 2)], JOB, "6",
+    ),
     Case("FineTuneJobsWaiting", [operator("jobs", "2x90", 'state="Pending"')], {**SYSTEM, "state": "Pending"}, "2"),
     Case(
         "FineTuneJobStuckBeforeTraining", [trainer("phase", "1x90", 'phase="Rendezvous"')],
@@ -179,6 +196,88 @@ def test_no_alert_fires_over_five_hours_of_a_healthy_job(tmp_path: Path) -> None
     promtool_test(tmp_path, [{"interval": "1m", "input_series": HEALTHY, "alert_rule_test": quiet}])
 
 
+TRAINED = [trainer("start_timestamp_seconds", "0x300"), trainer("step", "0+1x300")]
+SILENT = {
+    "two releases in one namespace that watch different ones": (
+        "FinetuneOperatorSeveralLeaders",
+        [watches("ops", "team-a", "a"), watches("ops", "team-b", "b"), watches("ops", "team-b", "c")],
+    ),
+    "a pod that two scrape configurations find": (
+        "FinetuneOperatorSeveralLeaders",
+        [operator("watches", "1x90", 'watched_namespace="*"'),
+         operator("watches", "1x90", 'watched_namespace="*",instance="10.0.0.1:8080"')],
+    ),
+    "a leader that followed another": (
+        "FinetuneOperatorSeveralLeaders",
+        [watches("ops", "team-a", "a", "1x50 stale"), watches("ops", "team-a-new", "a", "_x50 1x40")],
+    ),
+    "two restarts of a job with eight nodes": (
+        "FineTuneJobRestartingTooOften",
+        [trainer("restarts_total", "0x30 1x20 2x40", target=pod_of(node)) for node in range(8)],
+    ),
+    "one checkpoint every 90 minutes": (
+        "FineTuneJobCheckpointTooOld",
+        [*TRAINED, trainer("checkpoint_step", "_x90 90x90 180x90 270x30")],
+    ),
+    "one checkpoint every 119 minutes": (
+        "FineTuneJobCheckpointTooOld", [*TRAINED, trainer("checkpoint_step", "_x119 119x119 238x62")],
+    ),
+    "children that a quota refuses": (
+        "FinetuneOperatorReconcileErrors", [operator("reconcile_errors_total", "0+30x90", 'class="Refused"')],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SILENT)
+def test_the_alert_stays_silent_over(name: str, tmp_path: Path) -> None:
+    alert, series = SILENT[name]
+    looks = [{"eval_time": f"{minute}m", "alertname": alert, "exp_alerts": []} for minute in range(1, 300)]
+    promtool_test(tmp_path, [{"interval": "1m", "input_series": series, "alert_rule_test": looks}])
+
+
+@pytest.mark.parametrize(
+    "series",
+    [
+        [watches("ops", "team-a", "a"), watches("team-a", "own", "a"), watches("ops", "team-b", "b")],
+        [watches("ops", "team-a", "a"), watches("finetune-system", "finetune-operator", "*")],
+    ],
+    ids=["two releases that list the same namespace", "one for the whole cluster beside one for a namespace"],
+)
+def test_several_leaders_of_one_namespace_are_told_by_its_name(series: list[Document], tmp_path: Path) -> None:
+    said = expected(Case("FinetuneOperatorSeveralLeaders", [], {"watched_namespace": "a"}, "2"))
+    alert = {"eval_time": "60m", "alertname": "FinetuneOperatorSeveralLeaders", "exp_alerts": [said]}
+    promtool_test(tmp_path, [{"interval": "1m", "input_series": series, "alert_rule_test": [alert]}])
+
+
+def test_of_two_releases_in_one_namespace_the_one_without_a_leader_is_told(tmp_path: Path) -> None:
+    leads, stands = (f'namespace="ops",job="{release}",pod="{release}-1"' for release in ("team-a", "team-b"))
+    series = [operator("leader", "1x90", target=leads), operator("leader", "0x90", target=stands)]
+    said = expected(Case("FinetuneOperatorWithoutLeader", [], {"namespace": "ops", "job": "team-b"}))
+    alert = {"eval_time": "60m", "alertname": "FinetuneOperatorWithoutLeader", "exp_alerts": [said]}
+    promtool_test(tmp_path, [{"interval": "1m", "input_series": series, "alert_rule_test": [alert]}])
+
+
+def test_restarts_of_a_node_add_up_over_its_pods(tmp_path: Path) -> None:
+    first = trainer("restarts_total", "0x5 1x5 2x10 _x70", target=pod_of(0, "first"))
+    second = trainer("restarts_total", "_x20 0x5 1x5 2x60", target=pod_of(0, "second"))
+    alert = {"alertname": "FineTuneJobRestartingTooOften", "eval_time": "55m"}
+    fires = expected(Case("FineTuneJobRestartingTooOften", [], JOB, "4"))
+    promtool_test(
+        tmp_path,
+        [{"interval": "1m", "input_series": [first, second], "alert_rule_test": [{**alert, "exp_alerts": [fires]}]}],
+    )
+
+
+def test_a_first_checkpoint_that_stays_the_only_one_is_told_two_hours_later(tmp_path: Path) -> None:
+    series = [*TRAINED, trainer("checkpoint_step", "_x30 30x270")]
+    said = expected(Case("FineTuneJobCheckpointTooOld", [], JOB))
+    looks = [
+        {"eval_time": f"{minute}m", "alertname": "FineTuneJobCheckpointTooOld", "exp_alerts": found}
+        for minute, found in ((100, []), (145, []), (151, [said]), (290, [said]))
+    ]
+    promtool_test(tmp_path, [{"interval": "1m", "input_series": series, "alert_rule_test": looks}])
+
+
 # ---- every expression is about series that the code exports ----------------------------------------------------------
 
 
@@ -187,11 +286,20 @@ def exported() -> dict[str, set[str]]:
     from prometheus_client import CollectorRegistry
 
     from finetune_api.report import Heartbeat, Phase, Progress
-    from finetune_operator.metrics import API_REQUESTS, REGISTRY, RESTARTS, WATCH_EVENTS, LiveCollector
+    from finetune_operator.metrics import (
+        API_REQUESTS,
+        EVERYWHERE,
+        REGISTRY,
+        RESTARTS,
+        WATCH_EVENTS,
+        WATCHES,
+        LiveCollector,
+    )
     from finetune_trainer.metrics import TrainerCollector
 
     for counter, labels in ((API_REQUESTS, ("get", "jobs", "200")), (WATCH_EVENTS, ("jobs",)), (RESTARTS, ("User",))):
         counter.labels(*labels)
+    WATCHES.labels(EVERYWHERE)
     beat = Heartbeat(
         rank=0, local_rank=0, pid=1, phase=Phase.TRAINING, step=1, total_steps=2, loss=1.0, validation_loss=1.0,
         learning_rate=1e-4, gradient_norm=1.0, tokens_per_second=1.0, step_seconds_counts=(1,) * 12,
@@ -261,7 +369,7 @@ def test_the_scrape_configuration_for_a_plain_prometheus_is_valid_and_adds_the_l
         {rule["target_label"] for rule in entry["relabel_configs"] if "target_label" in rule}
         for entry in load_yaml(path.read_text(encoding="utf-8"))["scrape_configs"]
     )
-    assert operator_job == {"namespace", "pod"}
+    assert operator_job == {"namespace", "pod", "job"}
     assert trainer_job == TARGET_LABELS - {"job"}
 
 
