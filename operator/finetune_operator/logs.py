@@ -30,14 +30,16 @@ class _TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
         namespace, job = getattr(record, "namespace", None), getattr(record, "job", None)
-        return f"{text} [{namespace}/{job} {getattr(record, 'uid', '')}]" if job else text
+        uid = getattr(record, "uid", "")
+        return f"{text} [{namespace}/{job}{uid and ' '}{uid}]" if job else text
 
 
 def set_up(settings: LogSettings) -> None:
     """Everything to standard error, in the format asked for."""
     handler = logging.StreamHandler(sys.stderr)
     if settings.format is LogFormat.JSON:
-        renamed = {"levelname": "level", "asctime": "time"}
+        # a record's own `name` is its logger's; no `extra` may be called so, hence `job`
+        renamed = {"levelname": "level", "asctime": "time", "name": "logger", "job": "name"}
         handler.setFormatter(JsonFormatter("%(asctime)s %(levelname)s %(name)s %(message)s", rename_fields=renamed))
     else:
         handler.setFormatter(_TextFormatter("%(asctime)s %(levelname)-7s %(message)s"))

@@ -13,10 +13,14 @@ _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Pages:
-    """Serves until closed. ``trouble`` says why the operator is not ready, or nothing."""
+    """Serves until closed. ``trouble`` says why the operator is not ready, ``stuck`` why it must restart, or nothing.
 
-    def __init__(self, trouble: Callable[[], str]) -> None:
+    Both are asked on the event loop that all work is done on: one that hangs answers neither.
+    """
+
+    def __init__(self, trouble: Callable[[], str], stuck: Callable[[], str] = str) -> None:
         self._trouble = trouble
+        self._stuck = stuck
         self._runners: list[web.AppRunner] = []
 
     async def serve(self, metrics_port: int, health_port: int) -> tuple[int, int]:
@@ -39,11 +43,14 @@ class Pages:
         return int(runner.addresses[0][1])
 
     async def _healthz(self, _request: web.Request) -> web.Response:
-        return web.Response(text="ok\n")
+        return _page(self._stuck())
 
     async def _readyz(self, _request: web.Request) -> web.Response:
-        trouble = self._trouble()
-        return web.Response(text=f"{trouble or 'ok'}\n", status=503 if trouble else 200)
+        return _page(self._trouble())
+
+
+def _page(trouble: str) -> web.Response:
+    return web.Response(text=f"{trouble or 'ok'}\n", status=503 if trouble else 200)
 
 
 async def _metrics(request: web.Request) -> web.Response:
