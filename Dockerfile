@@ -13,12 +13,14 @@ ARG BASE=python:3.11-slim-bookworm
 FROM ${BASE} AS operator-deps
 # uv is used where the builder mounts it, else it is fetched for this one step and stays in no layer.
 ARG UV_VERSION=0.13.8
-# Another package index than the public one, such as a mirror inside a company. Hashes are checked all the same.
+# Another package index than the public one, such as a mirror inside a company. Hashes are checked all the same. Its password
+# comes as a secret (`--secret id=netrc,src=FILE`), which is there for one step and stays in no layer and no history.
 ARG PACKAGE_INDEX=""
 COPY requirements/operator.txt /tmp/requirements.txt
 # The operator reads and writes plain JSON. The methods that `kubernetes` generates for every API, twice, would be half of
 # this layer; they are loaded on demand only, and nobody here demands them.
-RUN set -eu; export UV_DEFAULT_INDEX="${PACKAGE_INDEX}" PIP_INDEX_URL="${PACKAGE_INDEX}" UV_LINK_MODE=copy UV_SYSTEM_CERTS=1; \
+RUN --mount=type=secret,id=netrc,target=/root/.netrc,required=false \
+    set -eu; export UV_DEFAULT_INDEX="${PACKAGE_INDEX}" PIP_INDEX_URL="${PACKAGE_INDEX}" UV_LINK_MODE=copy UV_SYSTEM_CERTS=1; \
     [ -n "${PACKAGE_INDEX}" ] || unset UV_DEFAULT_INDEX PIP_INDEX_URL; \
     [ -d "${UV_CACHE_DIR:-/root/.cache/uv}" ] || export UV_NO_CACHE=1; \
     command -v uv >/dev/null || { python3 -m pip install --quiet --no-cache-dir --target /tmp/uv "uv==${UV_VERSION}"; PATH="/tmp/uv/bin:${PATH}"; }; \
@@ -57,7 +59,8 @@ ARG PACKAGE_INDEX=""
 # CPU only or for ROCm; torch and what only it needs then come from there, all else from the lock file as ever.
 ARG TORCH_INDEX=""
 COPY requirements/trainer.txt /tmp/requirements.txt
-RUN set -eu; export UV_DEFAULT_INDEX="${PACKAGE_INDEX}" PIP_INDEX_URL="${PACKAGE_INDEX}" UV_LINK_MODE=copy UV_SYSTEM_CERTS=1; \
+RUN --mount=type=secret,id=netrc,target=/root/.netrc,required=false \
+    set -eu; export UV_DEFAULT_INDEX="${PACKAGE_INDEX}" PIP_INDEX_URL="${PACKAGE_INDEX}" UV_LINK_MODE=copy UV_SYSTEM_CERTS=1; \
     [ -n "${PACKAGE_INDEX}" ] || unset UV_DEFAULT_INDEX PIP_INDEX_URL; \
     [ -d "${UV_CACHE_DIR:-/root/.cache/uv}" ] || export UV_NO_CACHE=1; \
     command -v uv >/dev/null || { python3 -m pip install --quiet --no-cache-dir --target /tmp/uv "uv==${UV_VERSION}"; PATH="/tmp/uv/bin:${PATH}"; }; \

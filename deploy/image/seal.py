@@ -1,4 +1,4 @@
-"""Make a directory of packages ready to run read-only: bytecode that is never checked again, version metadata.
+"""Make a directory of packages ready to run read-only: bytecode that is never checked again, version metadata, modes.
 
     python seal.py PYPROJECT DIRECTORY
 
@@ -15,7 +15,7 @@ from py_compile import PycInvalidationMode
 
 
 def seal(pyproject: Path, directory: Path) -> None:
-    """Compile ``directory`` and let importlib.metadata find the distribution in it.
+    """Compile ``directory``, let importlib.metadata find the distribution in it, and let everybody read it.
 
     Raises:
         SystemExit: a file has a syntax error; the compiler has said which.
@@ -29,6 +29,9 @@ def seal(pyproject: Path, directory: Path) -> None:
     mode = PycInvalidationMode.UNCHECKED_HASH
     if not compileall.compile_dir(directory, quiet=1, invalidation_mode=mode, stripdir=directory):
         raise SystemExit("a package of the image does not compile")
+    for path in (directory, *directory.rglob("*")):  # COPY keeps the modes of the checkout, so its owner's umask
+        executable = path.is_dir() or path.stat().st_mode & 0o100
+        path.chmod(0o755 if executable else 0o644)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import json
@@ -10,12 +11,15 @@ import shutil
 import subprocess
 import tarfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 from deploy.local.cluster import archive, builder, golden_store, images, stores
-from deploy.local.cluster.layout import Layout, Node
+from deploy.local.cluster.layout import ClusterError, Layout, Node
 from tests.cluster.cluster import LocalCluster, wait_for
 
 MEGABYTE = 10**6
@@ -129,6 +133,20 @@ def members(name: str) -> list[str]:
                 with tarfile.open(fileobj=content) as layer:
                     found += [file.name for file in layer if file.size]
     return found
+
+
+def code_layer(name: str) -> dict[str, int]:
+    """Path -> mode of everything in the last layer."""
+    image = archive.read(name)
+    code = json.loads(image.manifest)["layers"][-1]["digest"]
+    pipe = io.BytesIO()
+    archive.write(pipe, image, present=set(image.sizes) - {code})
+    pipe.seek(0)
+    with tarfile.open(fileobj=pipe) as outer:
+        content = outer.extractfile(f"blobs/{code.replace(':', '/')}")
+        assert content is not None
+        with tarfile.open(fileobj=content) as layer:
+            return {entry.name: entry.mode for entry in layer}
 
 
 def test_the_operator_runs_with_a_read_only_root_as_nobody_special(
@@ -263,6 +281,63 @@ def test_the_code_layer_names_no_place_of_the_builder(names: dict[str, str]) -> 
     pipe = io.BytesIO()
     archive.write(pipe, image, present=set(image.sizes) - {code})
     assert str(images.REPOSITORY).encode() not in pipe.getvalue()
+
+
+def test_a_checkout_that_only_its_owner_may_read_gives_the_same_code_layer(
+    names: dict[str, str], changed: Path
+) -> None:
+    for path in (changed, *changed.rglob("*")):
+        path.chmod(0o700 if path.is_dir() else 0o600)
+    entries = code_layer(images.build(["operator"], changed)["operator"])
+    ours = {path: mode for path, mode in entries.items() if path.startswith("app/")}
+    assert {"app/finetune_operator/__main__.py", "app/finetune_api/spec.py"} <= ours.keys()
+    assert {path: oct(mode) for path, mode in ours.items() if mode not in (0o644, 0o755)} == {}
+    assert ours == {path: mode for path, mode in code_layer(names["operator"]).items() if path.startswith("app/")}
+
+
+@contextmanager
+def package_index() -> Iterator[tuple[str, list[str]]]:
+    """URL of an index with no packages that asks for a password, and every password that it was told."""
+    told: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            scheme, _, secret = self.headers.get("Authorization", "").partition(" ")
+            if scheme == "Basic":
+                told.append(base64.b64decode(secret).decode())
+            self.send_response(404 if scheme == "Basic" else 401)
+            self.send_header("WWW-Authenticate", "Basic")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/simple", told
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("target", ["operator", "trainer"])
+def test_a_mirrors_password_comes_from_the_netrc_that_the_builder_was_given(
+    target: str, names: dict[str, str], tmp_path: Path
+) -> None:
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine 127.0.0.1 login me password from-a-secret\n")
+    mounts = ("--volume", f"{builder.uv()}:/usr/local/bin/uv:ro")
+    options = ("--isolation", "chroot", "--network", "host", "--layers", "--force-rm", *mounts)
+    with package_index() as (url, told), stores.locked():
+        arguments = ("--build-arg", f"BASE={builder.BASE}", "--build-arg", f"PACKAGE_INDEX={url}")
+        for secret in ((), ("--secret", f"id=netrc,src={netrc}")):
+            with pytest.raises(ClusterError):  # it has no packages
+                builder._buildah(
+                    "bud", *options, *arguments, *secret, "--target", f"{target}-deps", str(images.REPOSITORY)
+                )
+            assert set(told) == ({"me:from-a-secret"} if secret else set())
 
 
 def test_a_node_waits_for_an_import_before_it_copies_the_golden_store(
