@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from finetune_api.status import Condition
+from finetune_operator.sentences import listed
 
 ORDER = (
     "Accepted",
@@ -46,7 +47,7 @@ def merge(before: Sequence[Condition], said: Mapping[str, Say], generation: int,
             type=kind,
             status=status,
             reason=say.reason,
-            message=say.message[:4096],
+            message=listed(say.message.split("\n")),
             observed_generation=generation,
             last_transition_time=known.last_transition_time if known and known.status == status else now,
         )

@@ -9,6 +9,7 @@ from finetune_api.exits import ExitClass
 
 MESSAGE_LENGTH = 1024  # of a status message or an event
 ATTEMPT_LENGTH = 512  # of one line of the ledger
+CONDITION_LENGTH = 32_768  # of a condition's message, as Kubernetes bounds it
 
 
 def cut(text: str, length: int = MESSAGE_LENGTH) -> str:
@@ -56,6 +57,24 @@ def enumeration(names: Sequence[str], most: int = 3) -> str:
     if len(names) > most:
         return f"{', '.join(names[:most])} and {len(names) - most} more"
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def listed(lines: Sequence[str], length: int = CONDITION_LENGTH) -> str:
+    """One below the other, as many as ``length`` characters hold; the last line then says how many are left out."""
+    text = "\n".join(lines)
+    if len(text) <= length:
+        return text
+    if len(lines) == 1:
+        return text[: length - 3] + "..."
+    kept, used = 0, len(_left_out(len(lines)))
+    while used + len(lines[kept]) + 1 <= length:
+        used += len(lines[kept]) + 1
+        kept += 1
+    return "\n".join((*lines[:kept], _left_out(len(lines) - kept)))
+
+
+def _left_out(number: int) -> str:
+    return f"... and {number:,} more"
 
 
 def meaning(exit_class: ExitClass) -> str:
