@@ -97,8 +97,9 @@ def _refused(observed: Observed, newest: Sequence[PodView]) -> Waiting | None:
 
 
 def _pods_missing(observed: Observed, newest: Sequence[PodView]) -> bool:
+    """Whether an index has no pod, or one that is dead and not replaced."""
     assert observed.job is not None
-    return len(newest) < observed.job.nodes
+    return sum(pod.phase != "Failed" for pod in newest) < observed.job.nodes
 
 
 def _complaint(observed: Observed, pattern: re.Pattern[str], reason: str, words: str) -> Waiting | None:
@@ -110,8 +111,11 @@ def _no_pods(observed: Observed, newest: Sequence[PodView]) -> Waiting | None:
     assert observed.job is not None
     if newest:
         return None
-    more = f" ({as_sentence(observed.complaints[0])})" if observed.complaints else ""
-    return Waiting("NoPods", f"the Job {observed.job.name} has no pods yet{more}")
+    return Waiting("NoPods", f"the Job {observed.job.name} has no pods yet{_newest_complaint(observed)}")
+
+
+def _newest_complaint(observed: Observed) -> str:
+    return f" ({as_sentence(observed.complaints[0])})" if observed.complaints else ""
 
 
 def _leaving(_: Observed, newest: Sequence[PodView]) -> Waiting | None:
@@ -129,7 +133,8 @@ def _replacing(observed: Observed, newest: Sequence[PodView]) -> Waiting | None:
     if not ended and len(newest) >= observed.job.nodes:
         return None
     missing = observed.job.nodes - len(newest) + len(ended)
-    return Waiting("PodsMissing", f"the Job {observed.job.name} has not made {count(missing, 'pod')} yet")
+    why = _newest_complaint(observed)
+    return Waiting("PodsMissing", f"the Job {observed.job.name} has not made {count(missing, 'pod')} yet{why}")
 
 
 def _starting(_: Observed, newest: Sequence[PodView]) -> Waiting | None:

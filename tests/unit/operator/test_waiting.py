@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tests.unit.operator.job_life import Life, at, job, new_pod, pod
+from tests.unit.operator.job_life import Life, at, dead, job, new_pod, pod
 
 FULL = "0/2 nodes are available: 2 Insufficient nvidia.com/gpu. preemption: 0/2 nodes are available."
 QUOTA = 'Error creating: pods "ftj-bot-0-x" is forbidden: exceeded quota: team, requested: cpu=32, limited: cpu=8'
@@ -66,6 +66,12 @@ PULL = ("ImagePullBackOff", 'Back-off pulling image "registry/trainer:1"')
         ([pod(0, ready=False), pod(1)], [], "PodsStarting", "waiting for ftj-bot-0-aaaaa to be ready"),
         ([pod(0)], [], "PodsMissing", "the Job ftj-bot has not made 1 pod yet"),
         (
+            [pod(0)],
+            ["node is on fire"],
+            "PodsMissing",
+            "the Job ftj-bot has not made 1 pod yet (node is on fire)",
+        ),
+        (
             [pod(0), pod(1, deleted=at(100))],
             [],
             "PodsTerminating",
@@ -109,3 +115,31 @@ def test_a_look_without_pods_does_not_forget_what_is_waited_for() -> None:
     life.look(5, job())
     assert life.status == before
     assert life.condition("PodsReady")[1] == "Unschedulable"
+
+
+@pytest.mark.parametrize(
+    ("complaint", "reason", "message"),
+    [
+        (QUOTA, "QuotaExceeded", f"the namespace's quota does not allow the pods: {QUOTA}"),
+        (SECURITY, "PodsRefused", f"the API server refuses the pods: {SECURITY}"),
+        ("node is on fire", "PodsMissing", "the Job ftj-bot has not made 1 pod yet (node is on fire)"),
+    ],
+)
+def test_why_a_dead_pod_is_not_replaced_is_told(complaint: str, reason: str, message: str) -> None:
+    life = Life()
+    life.run()
+    gone = dead(pod(1), 20, 137)
+    life.look(21, job(ready=1, failed=1), [pod(0), gone])
+    life.look(30, job(ready=1, failed=1), [pod(0), gone], complaints=[complaint])
+    assert life.condition("PodsReady") == ("False", reason, message)
+    assert life.status["message"].endswith(f"; now: {message}")
+    if reason != "PodsMissing":
+        assert life.told[-1] == f"Waiting: {message}"
+
+
+def test_a_quota_that_refuses_nothing_any_more_is_not_told() -> None:
+    life = Life()
+    life.run()
+    gone, new = dead(pod(1), 20, 137), new_pod(1, "b", created=at(25), node="n2")
+    life.look(30, job(ready=1, failed=1), [pod(0), gone, new], complaints=[QUOTA])
+    assert life.condition("PodsReady")[1] == "ContainerCreating"
