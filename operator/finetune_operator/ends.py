@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -9,7 +10,7 @@ from datetime import datetime
 from finetune_api.exits import ExitClass
 from finetune_api.report import EndedAttempt
 from finetune_operator.failures import PodCause, is_user_error
-from finetune_operator.observe import Observed, PodView
+from finetune_operator.observe import TRAINER, Object, Observed, PodView
 from finetune_operator.sentences import as_sentence, unix_time
 
 _DISRUPTIONS = {
@@ -25,10 +26,40 @@ _REASONS = {  # of a pod's status
     "Preempting": PodCause.PREEMPTED,
     "NodeShutdown": PodCause.DRAINED,
     "Terminated": PodCause.DRAINED,
-    "UnexpectedAdmissionError": PodCause.EVICTED,
-    "OutOfcpu": PodCause.EVICTED,
-    "OutOfmemory": PodCause.EVICTED,
-    "OutOfpods": PodCause.EVICTED,
+}
+_REJECTIONS = frozenset(  # of a kubelet that does not admit a pod; besides them every word that begins with OutOf
+    {
+        "AppArmor",
+        "InitContainerRestartPolicyForbidden",
+        "InvalidNodeInfo",
+        "NodeAffinity",
+        "NodeName",
+        "NodePorts",
+        "PodFeatureUnsupported",
+        "PodOSNotSupported",
+        "PodOSSelectorNodeLabelDoesNotMatch",
+        "SMTAlignmentError",
+        "SupplementalGroupsPolicyNotSupported",
+        "SysctlForbidden",
+        "TaintToleration",
+        "TopologyAffinityError",
+        "UnexpectedAdmissionError",
+        "UnexpectedPredicateFailureType",
+        "UnknownReason",
+        "VolumeNodeAffinity",
+        "node(s) had taints that the pod didn't tolerate",
+    }
+)
+_REJECTED = "Pod was rejected: "  # how a kubelet begins the message of any of them
+_OUTGROWN = re.compile(
+    r'Usage of EmptyDir volume "(?P<volume>[^"]+)" exceeds the limit'
+    r"|Container (?P<container>\S+) exceeded its local ephemeral storage limit"
+    r"|Pod ephemeral local storage usage exceeds the total limit of containers"
+)
+SIZED_BY = {  # volumes of the pod, and the field of spec.resources that bounds them
+    "work": "scratch",
+    "tmp": "scratch",
+    "shm": "sharedMemory",
 }
 FORCE_AFTER_SECONDS = 10  # past the end of the grace period: the node will not confirm any more
 
@@ -65,6 +96,18 @@ def _suspend_asked(observed: Observed) -> bool:
     return bool(observed.resource.get("spec", {}).get("runPolicy", {}).get("suspend"))
 
 
+def _was_stopping(observed: Observed, pod: PodView | None) -> bool:
+    """Whether the pods were asked to go by a suspension that is over already: they leave after the job was resumed.
+
+    The status is what the look before saw. The Job itself tells of a suspension that no look saw, or not in time.
+    """
+    job = observed.job
+    if (observed.resource.get("status") or {}).get("state") == "Suspending" or (job is not None and job.held):
+        return True
+    asked = pod.asked_to_go if pod is not None else None
+    return asked is not None and job is not None and job.resumed is not None and asked <= job.resumed
+
+
 def is_lost(pod: PodView, now: datetime) -> bool:
     """Whether a pod's node will not confirm its end: the grace period is long over."""
     return pod.deleted is not None and not pod.ended and (now - pod.deleted).total_seconds() > FORCE_AFTER_SECONDS
@@ -87,7 +130,7 @@ def gone(observed: Observed, uids: frozenset[str]) -> Iterator[End]:
         return
     present = {short_uid(pod.uid) for pod in observed.pods}
     for uid in sorted(uids - present):
-        cause, message = _deletion(observed)
+        cause, message = _deletion(observed, None)
         yield End(cause, observed.now, message, uid=uid)
 
 
@@ -99,11 +142,13 @@ def leaving(observed: Observed, uids: frozenset[str]) -> Iterator[End]:
             yield End(cause, observed.now, message, uid=short_uid(pod.uid), pod=pod.name, node=pod.node)
 
 
-def _deletion(observed: Observed) -> tuple[PodCause, str]:
+def _deletion(observed: Observed, pod: PodView | None) -> tuple[PodCause, str]:
     if observed.job is not None and observed.job.failure and observed.job.failure[0] == "DeadlineExceeded":
         return PodCause.DEADLINE_EXCEEDED, "stopped because runPolicy.activeDeadlineSeconds is over"
     if stopping(observed):
         return PodCause.SUSPENDED, "stopped because the job is suspended"
+    if _was_stopping(observed, pod):
+        return PodCause.SUSPENDED, "stopped because the job was suspended"
     return PodCause.POD_DELETED, "a pod was deleted"
 
 
@@ -146,7 +191,11 @@ def _pod_end(pod: PodView, observed: Observed) -> End | None:
 
 def _lost(pod: PodView) -> tuple[str, str]:
     where = f"node {pod.node}" if pod.node else "its node"
-    return PodCause.NODE_LOST, f"pod {pod.name} was lost with {where}, which no longer answers"
+    return (
+        PodCause.NODE_LOST,
+        f"pod {pod.name} was given up because {where} has not confirmed its end {FORCE_AFTER_SECONDS} s after its"
+        " grace period",
+    )
 
 
 def _cause(pod: PodView, observed: Observed) -> tuple[str, str]:
@@ -157,31 +206,67 @@ def _cause(pod: PodView, observed: Observed) -> tuple[str, str]:
     if pod.killed_for_memory:
         return _out_of_memory(pod, observed)
     interrupted = said is None or said.exit_class == ExitClass.INTERRUPTED
+    if interrupted and (outgrown := _outgrown(pod, observed)):
+        return outgrown
     if pod.disruption[0] and interrupted:
         cause = _DISRUPTIONS.get(pod.disruption[0], PodCause.EVICTED)
         return (
             cause,
             f"pod {pod.name} was {_done_to(cause, pod)}: {as_sentence(pod.disruption[1] or pod.disruption[0])}",
         )
-    if pod.reason in _REASONS and interrupted:
-        cause = _REASONS[pod.reason]
-        return cause, f"pod {pod.name} was {_done_to(cause, pod)}: {as_sentence(pod.message or pod.reason)}"
+    if interrupted and (by_reason := _by_reason(pod)):
+        why = as_sentence(pod.message.removeprefix(_REJECTED) or pod.reason)
+        return by_reason, f"pod {pod.name} was {_done_to(by_reason, pod)}: {why}"
     if interrupted and pod.deleted is not None:  # a pod that died long before is not suspended now
-        cause, message = _deletion(observed)
+        cause, message = _deletion(observed, pod)
         return cause, f"pod {pod.name} was deleted" if cause == PodCause.POD_DELETED else message
     if said:
         return said.exit_class.value, with_hint(said.message, said.hint)
     return _by_code(pod)
 
 
+def _by_reason(pod: PodView) -> PodCause | None:
+    """What the reason of the pod's status means, if it is one that Kubernetes gives."""
+    known, rejected = _REASONS.get(pod.reason), pod.message.startswith(_REJECTED)
+    if known is not None and not (rejected and known == PodCause.EVICTED):  # under pressure nothing is admitted
+        return known
+    return PodCause.REJECTED if rejected or pod.reason.startswith("OutOf") or pod.reason in _REJECTIONS else None
+
+
+def _outgrown(pod: PodView, observed: Observed) -> tuple[str, str] | None:
+    """The pod wrote more than it may: it would do so again on any node. Nothing if the node itself ran short."""
+    found = _OUTGROWN.search(pod.message) if pod.reason == "Evicted" else None
+    if found is None or pod.disruption[0] not in {"", "TerminationByKubelet"}:
+        return None
+    volume, container = found.group("volume"), found.group("container")
+    if volume in SIZED_BY:
+        field = SIZED_BY[volume]
+        advice = "raise it" if _resources(observed).get(field) else "set it to more"
+        what = f"it outgrew spec.resources.{field}"
+    elif volume is None and container in {None, TRAINER}:
+        what = "it outgrew the limit that the namespace sets for ephemeral-storage"
+        advice = "only its administrator can raise it: spec.resources.scratch must fit below"
+    else:
+        return None  # of a container or a volume that somebody else has put into the pod
+    return PodCause.OUT_OF_SPACE, f"pod {pod.name} was evicted because {what} ({as_sentence(pod.message)}); {advice}"
+
+
+def _resources(observed: Observed) -> Object:
+    resources: Object = observed.resource.get("spec", {}).get("resources") or {}
+    return resources
+
+
 def _out_of_memory(pod: PodView, observed: Observed) -> tuple[str, str]:
     """With a limit the container outgrew it; without one the node ran short, and a neighbour may be to blame."""
-    limit = observed.resource.get("spec", {}).get("resources", {}).get("limits", {}).get("memory")
-    if limit:
+    if pod.memory_limit:
+        limit, action = f"spec.resources.limits.memory ({pod.memory_limit})", "raise it"
+        if not (_resources(observed).get("limits") or {}).get("memory"):
+            limit = f"the {pod.memory_limit} that the namespace allows where spec.resources.limits.memory is absent"
+            action = "set it"
         return (
             ExitClass.OUT_OF_MEMORY.value,
-            f"pod {pod.name} was killed because it needed more host memory than spec.resources.limits.memory ({limit});"
-            " raise it, or lower training.microBatchSize or dataset.maxSequenceLength",
+            f"pod {pod.name} was killed because it needed more host memory than {limit};"
+            f" {action}, or lower training.microBatchSize or dataset.maxSequenceLength",
         )
     return (
         PodCause.NODE_OUT_OF_MEMORY,
@@ -197,7 +282,8 @@ def _by_code(pod: PodView) -> tuple[str, str]:
     exit_class = ExitClass.from_code(code)
     if exit_class == ExitClass.RANK_KILLED and code > 128:
         return exit_class.value, f"the launcher in pod {pod.name} was killed by signal {code - 128}"
-    return exit_class.value, f"pod {pod.name} exited with code {code} without a last word{_because(pod)}"
+    word = f"with a last word that cannot be read: {pod.unread}" if pod.unread else "without a last word"
+    return exit_class.value, f"pod {pod.name} exited with code {code} {word}{_because(pod)}"
 
 
 def _because(pod: PodView) -> str:
@@ -210,6 +296,7 @@ def _done_to(cause: PodCause, pod: PodView) -> str:
         PodCause.PREEMPTED: "preempted",
         PodCause.NODE_LOST: f"lost with node {pod.node}",
         PodCause.DRAINED: "evicted by a drain",
+        PodCause.REJECTED: f"rejected by node {pod.node}",
     }
     return words.get(cause, "evicted")
 

@@ -23,6 +23,8 @@ class PodCause(StrEnum):
     SUSPENDED = "Suspended"
     DEADLINE_EXCEEDED = "DeadlineExceeded"
     NODE_OUT_OF_MEMORY = "NodeOutOfMemory"
+    OUT_OF_SPACE = "OutOfSpace"
+    REJECTED = "Rejected"
     UNKNOWN = "Unknown"
 
 
@@ -63,6 +65,7 @@ POLICIES: Mapping[str, Policy] = {
     ExitClass.SELF_CHECK_FAILED: Policy(Budget.NEVER, 0, "what really ran differed from the plan"),
     ExitClass.NUMERICAL_ERROR: Policy(Budget.NEVER, 0, "the loss or a gradient became NaN or infinite"),
     ExitClass.OUT_OF_MEMORY: Policy(Budget.NEVER, 0, "a device or the container ran out of memory"),
+    PodCause.OUT_OF_SPACE: Policy(Budget.NEVER, 0, "a pod wrote more than its scratch space or shared memory holds"),
     ExitClass.STORAGE_REFUSED: Policy(Budget.NEVER, 0, "object storage refused"),
     ExitClass.CHECKPOINT_UNUSABLE: Policy(Budget.NEVER, 0, "a checkpoint was demanded and none can be used"),
     # infrastructure that may be better next time, within the owner's patience
@@ -77,6 +80,7 @@ POLICIES: Mapping[str, Policy] = {
     PodCause.PREEMPTED: Policy(Budget.DISRUPTIONS, 0, "a pod was preempted by one of higher priority"),
     PodCause.EVICTED: Policy(Budget.DISRUPTIONS, 0, "a pod was evicted from its node"),
     PodCause.DRAINED: Policy(Budget.DISRUPTIONS, 0, "a pod was evicted because its node is drained"),
+    PodCause.REJECTED: Policy(Budget.DISRUPTIONS, 0, "a node did not admit a pod that was scheduled to it"),
     PodCause.NODE_LOST: Policy(Budget.DISRUPTIONS, 0, "a node was lost"),
     PodCause.POD_DELETED: Policy(Budget.DISRUPTIONS, 1, "a pod was deleted"),
     ExitClass.INTERRUPTED: Policy(Budget.DISRUPTIONS, 2, "a pod was stopped from outside"),

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Any
+from datetime import datetime, timedelta
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from finetune_api.fields import SchemaModel
 from finetune_api.report import Progress, Termination
+from finetune_operator.logs import log_of
+from finetune_operator.sentences import as_sentence, cut
 
 PODS_DIGEST = "finetune.dev/pods-digest"  # annotation of the Job
 JOB_LABEL = "finetune.dev/job"
 INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
 TRAINER = "trainer"  # name of the training container
 
+NO_INDEX = -1  # of a pod that is none of the Job's
+
 Object = Mapping[str, Any]  # a Kubernetes object as JSON
+Model = TypeVar("Model", bound=SchemaModel)
+
+_MATTERS_REMEMBERED = 10_000
+_told: set[tuple[str, str]] = set()  # what the log has said: (uid of a job, matter)
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,8 @@ class JobView:
     deleting: bool = False
     owner: str = ""  # uid of the FineTuneJob that it belongs to
     pods_digest: str | None = None  # of the blocks of the spec that its pods were made from
+    held: bool = False  # as done: the Job controller has suspended it, and has not resumed it yet
+    resumed: datetime | None = None  # when the Job controller last did
 
 
 @dataclass(frozen=True)
@@ -50,7 +60,7 @@ class PodView:
 
     name: str
     uid: str
-    index: int
+    index: int  # its rank among the nodes, or NO_INDEX
     created: datetime
     phase: str  # Pending | Running | Succeeded | Failed | Unknown
     node: str = ""
@@ -60,6 +70,7 @@ class PodView:
     finished: datetime | None = None
     exit_code: int | None = None
     killed_for_memory: bool = False
+    memory_limit: str = ""  # of the training container, whoever set it
     reason: str = ""  # status.reason: Evicted, NodeLost, ...
     message: str = ""
     unschedulable: str = ""  # the scheduler's own words
@@ -67,7 +78,9 @@ class PodView:
     image: str = ""
     disruption: tuple[str, str] = ("", "")  # (reason, message) of condition DisruptionTarget
     deleted: datetime | None = None  # deletionTimestamp: when the grace period ends
+    asked_to_go: datetime | None = None  # when it began
     termination: Termination | None = None  # the launcher's last word
+    unread: str = ""  # why there is none although the container left one
 
     @property
     def ended(self) -> bool:
@@ -100,6 +113,7 @@ def job_view(job: Object) -> JobView:
     metadata, spec, status = job["metadata"], job["spec"], job.get("status", {})
     conditions = {c["type"]: c for c in status.get("conditions", ()) if c["status"] == "True"}
     failed = conditions.get("Failed") or conditions.get("FailureTarget")
+    suspension: Object = next((c for c in status.get("conditions", ()) if c["type"] == "Suspended"), {})
     volumes = spec["template"]["spec"].get("volumes", ())
     return JobView(
         name=metadata["name"],
@@ -120,6 +134,8 @@ def job_view(job: Object) -> JobView:
         deleting="deletionTimestamp" in metadata,
         owner=controller_of(metadata),
         pods_digest=metadata.get("annotations", {}).get(PODS_DIGEST),
+        held=suspension.get("status") == "True",
+        resumed=parse_time(suspension.get("lastTransitionTime")) if suspension.get("status") == "False" else None,
     )
 
 
@@ -139,11 +155,15 @@ def pod_view(pod: Object) -> PodView:
     """A core/v1 Pod as :class:`PodView`."""
     metadata, spec, status = pod["metadata"], pod["spec"], pod.get("status", {})
     conditions = {c["type"]: c for c in status.get("conditions", ())}
+    asked: Object = next((c for c in spec["containers"] if c["name"] == TRAINER), {})
     container: Object = next((c for c in status.get("containerStatuses", ()) if c["name"] == TRAINER), {})
     state = container.get("state", {})
     terminated, waiting = state.get("terminated", {}), state.get("waiting", {})
     scheduled, disrupted = conditions.get("PodScheduled", {}), conditions.get("DisruptionTarget", {})
     is_unschedulable = scheduled.get("status") == "False"
+    deleted = parse_time(metadata.get("deletionTimestamp"))
+    grace = timedelta(seconds=metadata.get("deletionGracePeriodSeconds") or 0)
+    termination, unread = parse_termination(terminated.get("message"))
     return PodView(
         name=metadata["name"],
         uid=metadata["uid"],
@@ -157,32 +177,61 @@ def pod_view(pod: Object) -> PodView:
         finished=parse_time(terminated.get("finishedAt")),
         exit_code=terminated.get("exitCode"),
         killed_for_memory=terminated.get("reason") == "OOMKilled",
+        memory_limit=str(asked.get("resources", {}).get("limits", {}).get("memory", "")),
         reason=status.get("reason", ""),
         message=status.get("message", ""),
         unschedulable=scheduled.get("message", "") if is_unschedulable else "",
         waiting=(waiting.get("reason", ""), waiting.get("message", "")),
-        image=spec["containers"][0].get("image", ""),
+        image=asked.get("image", ""),
         disruption=(disrupted.get("reason", ""), disrupted.get("message", ""))
         if disrupted.get("status") == "True"
         else ("", ""),
-        deleted=parse_time(metadata.get("deletionTimestamp")),
-        termination=_termination(terminated.get("message")),
+        deleted=deleted,
+        asked_to_go=deleted - grace if deleted is not None else None,
+        termination=termination,
+        unread=unread,
     )
 
 
 def pod_index(metadata: Object) -> int:
-    """The completion index of a pod of an Indexed Job."""
-    text = metadata.get("labels", {}).get(INDEX_LABEL) or metadata.get("annotations", {}).get(INDEX_LABEL)
-    if text is None:  # the index is also part of the pod's name
-        found = re.search(r"-(\d+)-[a-z0-9]+$", metadata["name"])
-        text = found.group(1) if found else "0"
-    return int(text)
+    """The completion index of a pod of an Indexed Job; NO_INDEX if it says none: such a pod is no rank."""
+    text = metadata.get("labels", {}).get(INDEX_LABEL) or metadata.get("annotations", {}).get(INDEX_LABEL) or ""
+    return int(text) if text.isascii() and text.isdecimal() else NO_INDEX
 
 
-def _termination(message: str | None) -> Termination | None:
-    if not message:
-        return None
+# ---- what launchers say: those of another version may say more, which is ignored at every depth --------------------
+
+
+def parse_progress(text: str | bytes, resource: Object | None = None) -> Progress | None:
+    """A launcher's page. One that cannot be read is noted in the log of the job ``resource``, once."""
+    page, unread = _read(Progress, text)
+    if unread and resource is not None:
+        warn_once(resource, "a launcher's page of progress cannot be read", unread)
+    return page
+
+
+def parse_termination(message: str | None) -> tuple[Termination | None, str]:
+    """A launcher's last word, or nothing and why it cannot be read: the image's own words, or cut short."""
+    return _read(Termination, message) if message else (None, "")
+
+
+def _read(model: type[Model], text: str | bytes) -> tuple[Model | None, str]:
     try:
-        return Termination.model_validate_json(message)
-    except ValidationError:
-        return None  # not ours: the image's own words, or cut short
+        return model.model_validate_json(text, extra="ignore"), ""
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        if first["type"] == "json_invalid":
+            words = text if isinstance(text, str) else text.decode(errors="replace")
+            return None, cut(as_sentence(words), 200)
+        return None, f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
+
+
+def warn_once(resource: Object, matter: str, why: str) -> None:
+    """Say in the log what is wrong with a job: once, not at every look."""
+    key = (resource["metadata"].get("uid", ""), matter)
+    if key in _told:
+        return
+    if len(_told) >= _MATTERS_REMEMBERED:
+        _told.clear()
+    _told.add(key)
+    log_of(resource).warning("%s: %s", matter, why)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -13,7 +13,7 @@ from finetune_api.plan import Plan
 from finetune_api.status import Condition, FineTuneJobStatus, StatusAttempt, StatusCheckpoint
 from finetune_operator.ends import stopping
 from finetune_operator.ledger import Ledger, fold
-from finetune_operator.observe import JobView, Object, Observed, PodView, parse_time
+from finetune_operator.observe import NO_INDEX, JobView, Object, Observed, PodView, parse_time, warn_once
 from finetune_operator.progress_view import ProgressView, progress_view, status_checkpoint
 from finetune_operator.settings import OperatorSettings
 
@@ -92,6 +92,7 @@ class Situation:
 
 def situation(observed: Observed, plan: Plan | None, settings: OperatorSettings) -> Situation:
     """Put together what the checks ask about."""
+    observed = _of_the_job(observed)
     before = status_before(observed.resource)
     newest = newest_pods(observed.pods or ())
     pages = sorted(observed.progress, key=lambda page: page.node_rank)
@@ -107,6 +108,17 @@ def situation(observed: Observed, plan: Plan | None, settings: OperatorSettings)
     )
 
 
+def _of_the_job(observed: Observed) -> Observed:
+    """Without pods that are no rank; their unreadable last words are noted."""
+    if observed.pods is None:
+        return observed
+    ours = tuple(pod for pod in observed.pods if pod.index != NO_INDEX)
+    for pod in ours:
+        if pod.unread:
+            warn_once(observed.resource, "the last word of a pod cannot be read", f"{pod.name}: {pod.unread}")
+    return replace(observed, pods=ours)
+
+
 def newest_pods(pods: tuple[PodView, ...]) -> tuple[PodView, ...]:
     """Of every index the pod that counts, by index."""
     newest: dict[int, PodView] = {}
@@ -116,23 +128,28 @@ def newest_pods(pods: tuple[PodView, ...]) -> tuple[PodView, ...]:
 
 
 def status_before(resource: Object) -> FineTuneJobStatus:
-    """The status that stands in the resource; what another version wrote and this one cannot read is left out."""
+    """The status that stands in the resource; what another version wrote and this one cannot read is left out.
+
+    Fields that this version does not know are ignored at every depth: the ledger and what the budgets have spent stay.
+    """
     raw: Mapping[str, Any] = resource.get("status") or {}
     try:
-        return FineTuneJobStatus.model_validate(raw)
-    except ValidationError:
+        return FineTuneJobStatus.model_validate(raw, extra="ignore")
+    except ValidationError as error:
+        where = ".".join(str(part) for part in error.errors()[0]["loc"])
+        warn_once(resource, "a part of the status cannot be read and is left out", where)
         readable: dict[str, Any] = {}
         for name, value in raw.items():
             if isinstance(value, list):
                 value = [entry for entry in value if _reads({name: [entry]})]
             if _reads({name: value}):
                 readable[name] = value
-        return FineTuneJobStatus.model_validate(readable)
+        return FineTuneJobStatus.model_validate(readable, extra="ignore")
 
 
 def _reads(part: Mapping[str, Any]) -> bool:
     try:
-        FineTuneJobStatus.model_validate(part)
+        FineTuneJobStatus.model_validate(part, extra="ignore")
     except ValidationError:
         return False
     return True

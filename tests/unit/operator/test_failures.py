@@ -6,9 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from tests.unit.operator.build_shapes import children, smallest
 from tests.unit.operator.job_life import Life, at, dead, job, new_pod, over, page, pod, said
 
 from finetune_api.exits import Cause, ExitClass
+from finetune_operator.ends import SIZED_BY
 from finetune_operator.failures import POLICIES, Budget, PodCause, allowed_disruptions, policy, spent
 from finetune_operator.verdict import StopJob
 
@@ -58,18 +60,26 @@ def test_disruptions_are_bounded_too() -> None:
     assert [allowed_disruptions(restarts) for restarts in (0, 1, 3, 100)] == [10, 10, 30, 1000]
 
 
-DISRUPTED = {"finished": at(20), "exit_code": 143}
+OUTGROWN = 'Usage of EmptyDir volume "{}" exceeds the limit "20Gi". '
 
 
 @pytest.mark.parametrize(
     ("changes", "spec", "cause", "message"),
     [
         (
-            {"exit_code": 137, "killed_for_memory": True},
+            {"exit_code": 137, "killed_for_memory": True, "memory_limit": "4Gi"},
             {"resources": {"limits": {"memory": "4Gi"}}},
             "OutOfMemory",
             "pod P was killed because it needed more host memory than spec.resources.limits.memory (4Gi);"
             " raise it, or lower training.microBatchSize or dataset.maxSequenceLength",
+        ),
+        (  # a LimitRange of the namespace
+            {"exit_code": 137, "killed_for_memory": True, "memory_limit": "512Mi"},
+            {"resources": {"limits": {}}},
+            "OutOfMemory",
+            "pod P was killed because it needed more host memory than the 512Mi that the namespace allows where"
+            " spec.resources.limits.memory is absent;"
+            " set it, or lower training.microBatchSize or dataset.maxSequenceLength",
         ),
         (
             {"exit_code": 137, "killed_for_memory": True},
@@ -103,9 +113,70 @@ DISRUPTED = {"finished": at(20), "exit_code": 143}
             "Evicted",
             "pod P was evicted: The node was low on resource: ephemeral-storage",
         ),
+        (
+            {"exit_code": 137, "reason": "Evicted", "message": OUTGROWN.format("work")},
+            {"resources": {"scratch": "20Gi"}},
+            "OutOfSpace",
+            'pod P was evicted because it outgrew spec.resources.scratch (Usage of EmptyDir volume "work" exceeds the'
+            ' limit "20Gi"); raise it',
+        ),
+        (
+            {"exit_code": 137, "reason": "Evicted", "message": OUTGROWN.format("shm")},
+            {},
+            "OutOfSpace",
+            'pod P was evicted because it outgrew spec.resources.sharedMemory (Usage of EmptyDir volume "shm" exceeds'
+            ' the limit "20Gi"); set it to more',
+        ),
+        (
+            {
+                "exit_code": 137,
+                "reason": "Evicted",
+                "message": "Pod ephemeral local storage usage exceeds the total limit of containers 1Gi. ",
+            },
+            {},
+            "OutOfSpace",
+            "pod P was evicted because it outgrew the limit that the namespace sets for ephemeral-storage (Pod"
+            " ephemeral local storage usage exceeds the total limit of containers 1Gi);"
+            " only its administrator can raise it: spec.resources.scratch must fit below",
+        ),
+        (
+            {
+                "exit_code": 137,
+                "reason": "Evicted",
+                "message": 'Container trainer exceeded its local ephemeral storage limit "1Gi". ',
+            },
+            {},
+            "OutOfSpace",
+            "pod P was evicted because it outgrew the limit that the namespace sets for ephemeral-storage (Container"
+            ' trainer exceeded its local ephemeral storage limit "1Gi");'
+            " only its administrator can raise it: spec.resources.scratch must fit below",
+        ),
+        (  # a volume that somebody else has put into the pod
+            {"exit_code": 137, "reason": "Evicted", "message": OUTGROWN.format("proxy")},
+            {},
+            "Evicted",
+            'pod P was evicted: Usage of EmptyDir volume "proxy" exceeds the limit "20Gi"',
+        ),
+        (
+            {
+                "exit_code": 137,
+                "reason": "Evicted",
+                "message": OUTGROWN.format("work"),
+                "disruption": ("EvictionByEvictionAPI", "Eviction API: evicting"),
+            },
+            {},
+            "Drained",
+            "pod P was evicted by a drain: Eviction API: evicting",
+        ),
         ({"exit_code": 143, "deleted": at(140)}, {}, "PodDeleted", "pod P was deleted"),
         ({"exit_code": 1}, {}, "InternalError", "pod P exited with code 1 without a last word"),
         ({"exit_code": 32}, {}, "RendezvousFailed", "pod P exited with code 32 without a last word"),
+        (
+            {"exit_code": 1, "unread": "exec: python: executable file not found"},
+            {},
+            "InternalError",
+            "pod P exited with code 1 with a last word that cannot be read: exec: python: executable file not found",
+        ),
         (
             {"exit_code": None, "reason": "DeadlineExceeded", "message": "too slow"},
             {},
@@ -188,3 +259,64 @@ def test_a_job_that_kubernetes_gave_up_on_says_why_in_both_words() -> None:
         "BackoffLimitExceeded",
         "the Job ftj-bot failed (BackoffLimitExceeded): the launcher in pod ftj-bot-0-aaaaa was killed by signal 9",
     )
+
+
+def test_every_scratch_volume_of_a_pod_has_a_field_that_bounds_it() -> None:
+    volumes = children(smallest()).job["spec"]["template"]["spec"]["volumes"]
+    assert {volume["name"] for volume in volumes if "emptyDir" in volume} == set(SIZED_BY)
+
+
+def test_a_job_that_outgrows_its_scratch_is_not_started_again() -> None:
+    life = Life(spec={"resources": {"scratch": "20Gi"}})
+    life.run()
+    evicted = dead(pod(0), 20, 137, reason="Evicted", message=OUTGROWN.format("tmp"))
+    verdict = life.look(21, job(ready=1, failed=1), [evicted, pod(1)])
+    assert life.condition("Failed")[1] == "OutOfSpace"
+    assert verdict.commands == (StopJob(),)
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "OutOfcpu",
+        "OutOfmemory",
+        "OutOfpods",
+        "OutOfephemeral-storage",
+        "OutOfnvidia.com/gpu",
+        "NodeAffinity",
+        "TopologyAffinityError",
+        "UnexpectedAdmissionError",
+        "PodOSSelectorNodeLabelDoesNotMatch",
+        "InvalidNodeInfo",
+        "AReasonOfTomorrow",
+        "Evicted",
+    ],
+)
+def test_a_pod_that_its_node_does_not_admit_is_a_disruption(reason: str) -> None:
+    life = Life(spec={"runPolicy": {"maxRestarts": 0}})
+    life.look(0, job())
+    message = "Pod was rejected: Node didn't have enough resource: nvidia.com/gpu, requested: 8, used: 8, capacity: 8"
+    rejected = new_pod(0, phase="Failed", node="n1", reason=reason, message=message)
+    life.look(4, job(failed=1), [rejected, pod(1)])
+    assert life.attempts("cause", "message") == [
+        ("Rejected", f"pod {rejected.name} was rejected by node n1: {message.removeprefix('Pod was rejected: ')}")
+    ]
+    assert life.status["state"] == "Restarting"
+
+
+def test_a_kubelet_of_old_that_does_not_say_rejected_is_known_by_its_reason() -> None:
+    life = Life(spec={"runPolicy": {"maxRestarts": 0}})
+    life.look(0, job())
+    message = "Pod Predicate NodeAffinity failed"
+    life.look(4, job(failed=1), [new_pod(0, phase="Failed", node="n1", reason="NodeAffinity", message=message), pod(1)])
+    assert life.attempts("cause", "message") == [
+        ("Rejected", f"pod ftj-bot-0-aaaaa was rejected by node n1: {message}")
+    ]
+
+
+def test_a_node_that_shuts_down_and_admits_nothing_is_drained() -> None:
+    life = Life()
+    life.look(0, job())
+    message = "Pod was rejected: Pod was rejected as the node is shutting down."
+    life.look(4, job(failed=1), [new_pod(0, phase="Failed", node="n1", reason="NodeShutdown", message=message), pod(1)])
+    assert life.attempts("cause") == [("Drained",)]

@@ -400,7 +400,12 @@ def test_a_pod_on_a_lost_node_is_removed_by_force() -> None:
     verdict = life.look(51, job(ready=1, terminating=1), [pod(0), lost], [page(0, step=9)])
     assert verdict.commands == (DeletePod(lost.name, lost.uid, force=True),)
     assert life.attempts("cause", "pod", "node", "message") == [
-        ("NodeLost", lost.name, "n2", f"pod {lost.name} was lost with node n2, which no longer answers")
+        (
+            "NodeLost",
+            lost.name,
+            "n2",
+            f"pod {lost.name} was given up because node n2 has not confirmed its end 10 s after its grace period",
+        )
     ]
 
 
