@@ -15,8 +15,8 @@ from datetime import datetime
 from finetune_api.exits import ExitClass
 from finetune_api.report import Phase
 from finetune_api.status import FineTuneJobStatus, StatusAttempt, StatusRestarts
-from finetune_operator.ends import End, ends, gone, leaving, short_uid
-from finetune_operator.failures import ECHO, policy
+from finetune_operator.ends import End, ends, gone, leaving, short_uid, stopping
+from finetune_operator.failures import ECHO, PodCause, policy
 from finetune_operator.observe import Observed, PodView, parse_time
 from finetune_operator.progress_view import STEPPING
 from finetune_operator.sentences import ATTEMPT_LENGTH, cut, time_text
@@ -151,15 +151,19 @@ class _Book:
         return entry.model_copy(update=update)
 
     def note_missing(self, observed: Observed) -> None:
-        """Pods of the last attempt that vanished or must go: its end if it is open, its cause if nobody knew better."""
+        """Pods of the last attempt that vanished or must go: its end if it is open, its cause if nobody knew better.
+
+        An open one waits for its pods to end, unless they were suspended and the job is already resumed: who asked
+        them to go is known now, and not when they have gone.
+        """
         last = self.last
         if last is None or (last.cause is not None and policy(last.cause).blame < ECHO):
             return
         members = frozenset(last.pods)
         for end in gone(observed, members):
             self.note(end)
-        if last.ended_at is not None:
-            for end in leaving(observed, members):
+        for end in leaving(observed, members):
+            if last.ended_at is not None or (end.cause == PodCause.SUSPENDED and not stopping(observed)):
                 self.note(end)
 
     # ---- beginnings -----------------------------------------------------------------------------------------------

@@ -36,8 +36,8 @@ def story(change: Change) -> tuple[Event, ...]:
 
 
 def _resumed(change: Change) -> Iterator[Event]:
-    resumed = is_true(change.before, "Suspended") and not is_true(change.after, "Suspended")
-    if resumed and change.after.state not in {"Complete", "Failed"}:
+    was = is_true(change.before, "Suspended") or change.before.state == "Suspending"
+    if was and change.after.state not in {"Suspending", "Suspended", "Complete", "Failed"}:
         yield Event("Resumed", "the job is no longer suspended")
 
 
