@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -33,12 +34,18 @@ _LONGEST_PAUSE_SECONDS = 5.0
 _PART_BYTES = 8 * 1024 * 1024
 _MOST_PARTS = 9_000  # S3 allows 10,000
 _READ_BYTES = 4 * 1024 * 1024
+_NO_HARD_LINKS = re.compile(r"\(os error (?:1|38|95)\)")  # EPERM, ENOSYS, EOPNOTSUPP: a local create is a link
+_NOT_IMPLEMENTED = re.compile(r"<Code>NotImplemented</Code>|\b501 Not Implemented\b")
 
 T = TypeVar("T")
 
 
 class ObjectNotFound(StorageError):
     """The object named in the message does not exist."""
+
+
+class ConditionalWriteUnsupported(StorageError):
+    """The store cannot write an object only if there is none by that name."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +162,43 @@ class ObjectStore:
             path,
             lambda: obstore.put(self._backend, self._key(path), content, chunk_size=part_bytes, max_concurrency=4),
         )
+
+    def create(self, path: str, content: bytes) -> bool:
+        """Write one small object unless there is one by that name; False where there is (or will be in a moment).
+
+        Of several that call it at the same time one at most is told True. A call whose answer was lost is repeated, and
+        may then be told False of its own object: read it to know whose it is.
+
+        Raises:
+            ConditionalWriteUnsupported: the store cannot do this, or overwrites without a word.
+        """
+        if not self._insist("create", path, lambda: self._create(path, content)):
+            return False
+        if self._insist("create", path, lambda: self._create(path, content)):  # only the second time tells
+            raise ConditionalWriteUnsupported(
+                f"Could not create {self.join(path)}: its store takes no notice of If-None-Match; use another one."
+            )
+        return True
+
+    def _create(self, path: str, content: bytes) -> bool:
+        try:
+            obstore.put(self._backend, self._key(path), content, mode="create", use_multipart=False)
+        except obstore.exceptions.AlreadyExistsError:
+            return False
+        except (obstore.exceptions.BaseError, OSError, NotImplementedError) as error:
+            if (lack := self._lack_of_conditions(error)) is None:
+                raise
+            raise ConditionalWriteUnsupported(f"Could not create {self.join(path)}: {lack}.") from None
+        return True
+
+    def _lack_of_conditions(self, error: Exception) -> str | None:
+        if self.local_directory is not None:
+            told = _NO_HARD_LINKS.search(str(error)) is not None
+            return "its file system has no hard links; use another one" if told else None
+        told = isinstance(error, NotImplementedError | obstore.exceptions.NotSupportedError)
+        if told or _NOT_IMPLEMENTED.search(str(error)):
+            return "its store does not know If-None-Match; use another one"
+        return None
 
     def get(self, path: str) -> bytes:
         """The content of one object, in memory.

@@ -42,6 +42,7 @@ class TrainingState:
     evaluations_without_gain: int = 0
     stopped_early: bool = False
     seconds: float = 0.0  # of earlier attempts
+    made_from: dict[str, str] = field(default_factory=dict)  # see inputs.py
 
     def to_json(self) -> dict[str, Any]:
         plain = {key: value for key, value in self.__dict__.items() if key not in _RECORDS}

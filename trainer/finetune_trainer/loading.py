@@ -45,8 +45,10 @@ def load_model(
     compute = engine.compute_dtype
     model = build_skeleton(directory, compute, remote_code)
     source = _source(config, model, directory, compute, remote_code)
+    # an adapter names the commit it was trained on
+    pinned = spec.model_copy(update={"model": spec.model.model_copy(update={"revision": job.plan.model_revision})})
     tuner = make_tuner(
-        spec, DTYPES[quantization.compute_type] if quantization and quantization.compute_type else compute
+        pinned, DTYPES[quantization.compute_type] if quantization and quantization.compute_type else compute
     )
     tuner.apply(model)
     rules = parameter_rules(model, tuner, spec)

@@ -20,7 +20,7 @@ from finetune_api.errors import ModelError, StorageError
 from finetune_api.spec import Initialization
 from finetune_api.trainer_config import TrainerConfig
 from finetune_storage import ObjectInfo, ObjectStore, file_digest
-from finetune_trainer.hub_files import fetch_from_hub
+from finetune_trainer.hub_files import fetch_from_hub, repository
 from finetune_trainer.safetensors_check import check_weights
 
 Progress = Callable[[str, float | None, float | None], None]  # what, bytes on local disk, bytes in all
@@ -56,7 +56,8 @@ _DOWNLOADING = "downloading model files (bytes)"
 def fetch_model(config: TrainerConfig, progress: Progress | None = None) -> Path:
     """A local directory with config.json, tokenizer and (unless initialised at random) safetensors.
 
-    ``file://`` is used in place; object stores are downloaded once per cache, ``hf://`` through its own cache.
+    ``file://`` is used in place; object stores are downloaded once per cache, ``hf://`` through its own cache, at the
+    commit that the plan names (``base_model.fix_revision``).
 
     Raises:
         ModelError: a file is missing or damaged, weights are pickles, or remote code is not allowed.
@@ -65,7 +66,9 @@ def fetch_model(config: TrainerConfig, progress: Progress | None = None) -> Path
     model = config.spec.model
     patterns = wanted_patterns(config)
     if model.uri.startswith("hf://"):
-        directory = fetch_from_hub(model, patterns, (*_NEVER, *_BELOW))
+        commit = config.plan.model_revision
+        assert commit is not None, "which commit is decided before anything is fetched"
+        directory = fetch_from_hub(repository(model)[0], commit, patterns, (*_NEVER, *_BELOW))
     else:
         store = ObjectStore.open_location(model)
         directory = store.local_directory or _download(config, store, patterns, progress or _silent)
@@ -108,8 +111,7 @@ def describe_base_model(config: TrainerConfig, directory: Path) -> dict[str, Any
         "initialization": model.initialization.value,
         "configSha256": file_digest(directory / "config.json")[0],
     }
-    revision = model.revision or (directory.name if directory.parent.name == "snapshots" else None)
-    if revision:
+    if revision := config.plan.model_revision:
         described["revision"] = revision
     if licence := stated_licence(directory):
         described["licence"] = licence

@@ -14,7 +14,8 @@ from finetune_trainer.worker_config import WorkerConfig
 
 
 def prepare_node(config: TrainerConfig, status: LauncherStatus) -> WorkerConfig:
-    """Fetch the model's files, prepare the data, complete the plan with what both revealed."""
+    """Fix and fetch the model, prepare the data, complete the plan with what both revealed."""
+    from finetune_trainer.base_model import fix_revision
     from finetune_trainer.data import prepare
     from finetune_trainer.model_files import fetch_model
 
@@ -24,6 +25,8 @@ def prepare_node(config: TrainerConfig, status: LauncherStatus) -> WorkerConfig:
     def prepared(what: str) -> None:
         status.enter(Phase.PREPARING_DATA, what)
 
+    fetched("deciding which commit of the model is used")
+    config = fix_revision(config)
     fetched("fetching model files")
     model_directory = fetch_model(config, fetched)
     prepared("preparing data")

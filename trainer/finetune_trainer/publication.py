@@ -7,7 +7,7 @@ import platform
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -120,7 +120,7 @@ def _description(run: Run, metrics: dict[str, float]) -> ArtifactDescription:
             "configDigest": training_digest(job.spec),
         },
         format=run.plan.output_format.value,
-        base_model=_base_model(run),
+        base_model=describe_base_model(job, Path(run.config.model_directory)),
         dataset={
             "digest": facts.digest,
             "trainSamples": facts.train_samples,
@@ -132,9 +132,3 @@ def _description(run: Run, metrics: dict[str, float]) -> ArtifactDescription:
         plan=run.plan.model_dump(mode="json", by_alias=True, exclude_none=True),
         metrics=metrics,
     )
-
-
-def _base_model(run: Run) -> dict[str, Any]:
-    described = describe_base_model(run.job, Path(run.config.model_directory))
-    revision = run.plan.model_revision
-    return {**described, "revision": revision} if revision else described

@@ -16,7 +16,7 @@ from finetune_api.errors import NumericalError
 from finetune_api.plan import Plan
 from finetune_api.report import JobResult, Phase, StepRecord
 from finetune_storage import ObjectStore
-from finetune_trainer import selfcheck
+from finetune_trainer import inputs, selfcheck
 from finetune_trainer.answers import answers_after, answers_before
 from finetune_trainer.checkpoint import Checkpointer, CheckpointReader, SavedCheckpoint, TrainingState
 from finetune_trainer.checkpoint_store import CheckpointStore
@@ -98,6 +98,11 @@ class Run:
         self.heartbeat.update(phase=Phase.LOADING_MODEL, total_steps=self.total_steps)
         restored = self.checkpointer.newest()
         reader = CheckpointReader(restored.directory) if restored else None
+        made_from = inputs.made_from(self.plan, self.data)
+        inputs.check_ranks_agree(self.context.gather(made_from))
+        if restored and reader:
+            uri = self.checkpointer.store.uri(restored.manifest.step)
+            inputs.check_unchanged(uri, reader.progress.made_from, made_from)
         self.engine = make_engine(self.plan, self.spec, self.context)
         self.loaded = load_model(self.config, self.engine, self.context.device, reader)
         self.engine.setup(self.loaded.module, self.loaded.rules, optimizer_factory(self.spec, self.plan.strategy.type))
@@ -110,6 +115,7 @@ class Run:
             for sentence in restored.skipped:
                 self._say(sentence)
             self._note_attempt({"resumedFromStep": self.state.step, "skipped": list(restored.skipped)})
+        self.state.made_from = made_from
         self.heartbeat.update(step=self.state.step, resumed_from_step=self.state.step)
         self.flops = FlopCounter(self.loaded.module.model, self.plan.method, self.loaded.sizes, set(self.loaded.rules))
         self.peak_flops = peak_flops(self.context.device)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from finetune_storage import ObjectNotFound, ObjectStore, StorageError
+from finetune_storage.store import ConditionalWriteUnsupported
 
 
 @pytest.fixture(params=["file", pytest.param("s3", marks=pytest.mark.s3)])
@@ -55,6 +59,51 @@ def test_putting_again_replaces(store: ObjectStore) -> None:
     store.put("x", b"old")
     store.put("x", b"newer")
     assert store.get("x") == b"newer"
+
+
+def test_of_many_that_create_one_object_one_succeeds(store: ObjectStore) -> None:
+    for number in range(10):
+        start = threading.Barrier(8)
+
+        def create(who: int, path: str = f"deep/{number}", start: threading.Barrier = start) -> bool:
+            start.wait()
+            return store.create(path, b"%d" % who * 1000)
+
+        with ThreadPoolExecutor(8) as pool:
+            told = list(pool.map(create, range(8)))
+        assert store.get(f"deep/{number}") == b"%d" % told.index(True) * 1000
+        assert told.count(True) == 1
+    assert not store.create("deep/0", b"again")
+    assert [info.path for info in store.list()] == [f"deep/{number}" for number in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "reason"),
+    [(501, "NotImplemented", "does not know If-None-Match"), (200, "", "takes no notice of If-None-Match")],
+)
+def test_a_store_that_cannot_create_without_overwriting_says_so(status: int, code: str, reason: str) -> None:
+    class Old(BaseHTTPRequestHandler):
+        def do_PUT(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            body = f"<Error><Code>{code}</Code></Error>".encode() if code else b""
+            self.send_response(status)
+            self.send_header("ETag", '"1"')
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            """Silence."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Old)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    store = ObjectStore.open("s3://bucket/x", endpoint=endpoint, environment=environment, retry_seconds=1)
+    with pytest.raises(ConditionalWriteUnsupported) as caught:
+        store.create("a", b"1")
+    server.shutdown()
+    assert str(caught.value) == f"Could not create s3://bucket/x/a: its store {reason}; use another one."
 
 
 def test_deleting_is_idempotent_and_leaves_no_trace(store: ObjectStore) -> None:
