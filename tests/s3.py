@@ -14,7 +14,7 @@ _SERVER = Path(__file__).parent.parent / "deploy" / "local" / "s3" / "server.py"
 
 
 def server_module() -> ModuleType:
-    """``deploy/local/s3/server.py``, which is a script and in no package."""
+    """``deploy/local/s3/server.py``, which is a script and in no package; its servers end with the tests."""
     name = "finetune_local_s3_server"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, _SERVER)
@@ -23,6 +23,7 @@ def server_module() -> ModuleType:
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
         spec.loader.exec_module(module)
+        module.S3Server.ends_with_its_starter = True
     return sys.modules[name]
 
 

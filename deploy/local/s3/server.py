@@ -25,13 +25,24 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 VERSION = "v1.8.0"
 PACKAGE = "github.com/versity/versitygw/cmd/versitygw"
 REGION = "us-east-1"
 START_SECONDS = 15.0
+# Linux ends such a process with the *thread* that forked it: this one lives as long as its process.
+_FORKS = ThreadPoolExecutor(1)
+_END_WITH_PARENT = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; stays through exec
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
 
 
 class ServerUnavailable(RuntimeError):
@@ -82,8 +93,12 @@ def _build(directory: Path) -> None:
 
 @dataclass
 class S3Server:
-    """A server over ``directory``. ``stop`` and ``start`` again keep the port, the credentials and the objects."""
+    """A server over ``directory``. ``stop`` and ``start`` again keep the port, the credentials and the objects.
 
+    It outlives the process that started it, unless ``ends_with_its_starter``: then it ends however that one does.
+    """
+
+    ends_with_its_starter: ClassVar[bool] = False
     directory: Path
     access_key: str = field(default_factory=lambda: "AK" + secrets.token_hex(9).upper())
     secret_key: str = field(default_factory=lambda: secrets.token_urlsafe(30), repr=False)
@@ -145,10 +160,14 @@ class S3Server:
         address = f"{self.address}:{port}"
         command = [str(executable), "--quiet", "--port", address, "--health", "/healthz", "--keep-alive", "posix"]
         command += ["--sidecar", str(self.directory / "metadata"), str(self.directory / "buckets")]
+        if self.ends_with_its_starter:
+            command = [sys.executable, "-I", "-S", "-c", _END_WITH_PARENT, str(os.getpid()), *command]
         with (self.directory / "server.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            start = partial(
+                subprocess.Popen, command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
+            launched = _FORKS.submit(start, start_new_session=True)
+            self.process = launched.result()
 
     def _answers(self, port: int) -> bool:
         deadline = time.monotonic() + START_SECONDS
