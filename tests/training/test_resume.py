@@ -10,6 +10,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +38,17 @@ def test_a_stopped_launcher_and_then_a_killed_rank_change_no_byte_of_the_result(
     chance = random.Random()  # other steps in every run
     job = Job("disturbed", METHODS[method], ENGINES[engine], SETTINGS)
 
-    launcher = start(ground, job)
-    wait_for_step(ground.work(job), chance.randint(2, 18))
-    launcher.send_signal(signal.SIGTERM)
-    assert end_of(launcher) == 143
+    with started(ground, job) as launcher:
+        wait_for_step(ground.work(job), chance.randint(2, 18))
+        launcher.send_signal(signal.SIGTERM)
+        assert end_of(launcher) == 143
     said = json.loads((ground.work(job) / "termination.json").read_text())
     assert (said["exitClass"], said["checkpointStep"]) == ("Interrupted", said["step"])
 
-    launcher = start(ground, job)
-    ranks = wait_for_step(ground.work(job), said["step"] + chance.randint(1, 15))
-    os.kill(ranks[chance.choice([0, 1])].pid, signal.SIGKILL)
-    assert end_of(launcher) == 0
+    with started(ground, job) as launcher:
+        ranks = wait_for_step(ground.work(job), said["step"] + chance.randint(1, 15))
+        os.kill(ranks[chance.choice([0, 1])].pid, signal.SIGKILL)
+        assert end_of(launcher) == 0
     assert {beat.resumed_from_step for beat in ranks.values()} == {said["step"]}
     (ended,) = json.loads((ground.work(job) / "termination.json").read_text())["ended"]
     assert (ended["exitClass"], ended["resumedFromStep"]) == ("RankKilled", said["step"])
@@ -103,8 +105,9 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(ground: Ground) -> None:
     assert resumed.weights == whole.weights
 
 
-def start(ground: Ground, job: Job) -> subprocess.Popen[bytes]:
-    """A real launcher with two ranks, as a pod would run it."""
+@contextmanager
+def started(ground: Ground, job: Job) -> Iterator[subprocess.Popen[bytes]]:
+    """A real launcher with two ranks, as a pod would run it; killed (its ranks die with it) if a test gives up."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -113,12 +116,18 @@ def start(ground: Ground, job: Job) -> subprocess.Popen[bytes]:
     path = ground.work(job).with_suffix(".json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(config.model_dump_json(by_alias=True, exclude_none=True))
-    return subprocess.Popen(
-        [sys.executable, "-m", "finetune_trainer", "--config", str(path)],
-        env=rank_environment(),
-        stdout=path.with_suffix(".log").open("ab"),
-        stderr=subprocess.STDOUT,
-    )
+    with path.with_suffix(".log").open("ab") as log:
+        launcher = subprocess.Popen(
+            [sys.executable, "-m", "finetune_trainer", "--config", str(path)],
+            env=rank_environment(),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        yield launcher
+    finally:
+        launcher.kill()
+        launcher.wait()
 
 
 def wait_for_step(work: Path, step: int, limit_seconds: float = 180) -> Any:
