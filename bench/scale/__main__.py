@@ -20,9 +20,11 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from tests.apiserver.server import binary
+
 from bench.scale.measures import Rollout, burst_floor, finish_jobs, floor, idle, restart, rollout, settled, status_of
 from bench.scale.operator_process import OperatorProcess
-from bench.scale.plane import POD_NETWORK, Plane
+from bench.scale.plane import POD_NETWORK, PROGRAMS, Plane
 from bench.scale.results import Results, table
 from bench.scale.trainers import trainers
 
@@ -33,6 +35,8 @@ _INSIDE = "FINETUNE_SCALE_INSIDE"
 def main() -> int:
     options = _options()
     if os.environ.get(_INSIDE) != "1":
+        for name in PROGRAMS:
+            binary(name)  # built now if need be: the measurement's network leads nowhere
         _enter_a_network_of_its_own()
     signal.signal(signal.SIGTERM, _stop)
     results = Results()

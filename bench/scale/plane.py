@@ -20,6 +20,7 @@ POD_NETWORK = "10.64.0.0/16"  # of the fake pods; inside the measurement's own n
 NODES = 20
 OPERATOR_NAMESPACE = "finetune-system"
 OPERATOR = f"system:serviceaccount:{OPERATOR_NAMESPACE}:finetune-operator"  # its name in the audit log
+PROGRAMS = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kwok")
 _QUICK = ("--kube-api-qps=500", "--kube-api-burst=1000")  # the default, 20 requests/s, would be what is measured
 _READY_SECONDS = 60
 
