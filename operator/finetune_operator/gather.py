@@ -6,7 +6,6 @@ import asyncio
 from datetime import datetime, timedelta
 
 import aiohttp
-from pydantic import ValidationError
 
 from finetune_api.report import Progress
 from finetune_operator.kube import CORE_EVENTS, PODS, Kube
@@ -20,6 +19,7 @@ from finetune_operator.observe import (
     PodView,
     controller_of,
     is_controlled_by_job,
+    parse_progress,
     parse_time,
     pod_view,
 )
@@ -90,12 +90,12 @@ class Gatherer:
     async def _progress(self, resource: Object, pods: tuple[PodView, ...]) -> tuple[Progress, ...]:
         newest = {pod.index: pod for pod in pods}  # sorted by age
         living = [pod for pod in newest.values() if pod.address and not pod.ended]
-        pages = await asyncio.gather(*(self._page(pod) for pod in living))
+        pages = await asyncio.gather(*(self._page(resource, pod) for pod in living))
         uid = resource["metadata"]["uid"]  # a pod of another job may have got the address meanwhile
         ours = [page for page in pages if page is not None and page.job.get("uid") == uid]
         return tuple(sorted(ours, key=lambda page: page.node_rank))
 
-    async def _page(self, pod: PodView) -> Progress | None:
+    async def _page(self, resource: Object, pod: PodView) -> Progress | None:
         host = f"[{pod.address}]" if ":" in pod.address else pod.address
         PROGRESS_PULLS.inc()
         try:
@@ -108,10 +108,12 @@ class Gatherer:
                     text += part
                     if len(text) > _MAXIMUM_PAGE_BYTES:
                         raise aiohttp.ClientPayloadError("the page is too long")
-            return Progress.model_validate_json(bytes(text))
-        except (aiohttp.ClientError, TimeoutError, OSError, ValidationError):
+            page = parse_progress(bytes(text), resource)
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            page = None
+        if page is None:
             PROGRESS_PULL_FAILURES.inc()
-            return None
+        return page
 
     def _client(self) -> aiohttp.ClientSession:
         if self._session is None:
