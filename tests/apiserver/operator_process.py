@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,16 @@ from tests.apiserver.kube import wait
 from finetune_api.status import FineTuneJobStatus
 
 TRAINER_IMAGE = "registry.example/finetune-trainer:test"
+
+# Linux ends a process with the *thread* that forked it, and tests start operators from threads that come and go: all
+# are forked by this one, which lives as long as its process, however that ends.
+_FORKS = ThreadPoolExecutor(1)
+_DIE_WITH_PARENT = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; stays through exec
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
 
 
 def settings(namespace: str, **changes: Any) -> dict[str, Any]:
@@ -34,7 +45,7 @@ def settings(namespace: str, **changes: Any) -> dict[str, Any]:
 
 
 class OperatorProcess:
-    """``python -m finetune_operator`` with a kubeconfig; its log is in ``folder``/operator.log."""
+    """``python -m finetune_operator`` with a kubeconfig; its log is in ``folder``/operator.log. Dies with pytest."""
 
     def __init__(self, folder: Path, kubeconfig: Path, configuration: dict[str, Any]) -> None:
         self.folder = folder
@@ -51,6 +62,11 @@ class OperatorProcess:
     @property
     def log(self) -> str:
         return (self.folder / "operator.log").read_text()
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
 
     @property
     def alive(self) -> bool:
@@ -98,15 +114,18 @@ class OperatorProcess:
     def _spawn(self) -> None:
         environment = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "PYTHONPATH") if name in os.environ}
         environment |= {"KUBECONFIG": str(self._kubeconfig), "PYTHONUNBUFFERED": "1"}
+        guarded = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid())]
+        command = [*guarded, "-m", "finetune_operator", "--config", str(self._config)]
         with self._lock, (self.folder / "operator.log").open("ab") as log:
             self.starts += 1
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "finetune_operator", "--config", str(self._config)],
+            self._process = _FORKS.submit(
+                subprocess.Popen,
+                command,
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-            )
+            ).result()
 
     def _watch(self) -> None:
         while not self._halt.wait(0.02):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from tests.apiserver.kube import Kube, Refused, wait
-from tests.apiserver.server import REPOSITORY, RunningServer, shared_server
+from tests.apiserver.server import REPOSITORY, RunningServer, _alive, shared_server
 
 
 def test_the_kind_is_served_and_the_default_columns_are_printed(kube: Kube) -> None:
@@ -38,7 +38,7 @@ def test_an_account_without_a_role_may_do_nothing_and_the_audit_log_says_so(kube
         f'in API group "finetune.dev" in the namespace "{kube.namespace}"'
     )
     entries = kube.wait(
-        lambda: [entry for entry in kube.server.audit() if entry["user"]["username"] == user],
+        lambda: list(kube.server.audit(user)),
         "the audit log has an entry of the account",
     )
     assert [(e["verb"], e["objectRef"]["resource"], e["responseStatus"]["code"]) for e in entries] == [
@@ -95,6 +95,34 @@ def test_a_killed_run_leaves_no_process(tmp_path: Path) -> None:
     owner.send_signal(signal.SIGKILL)
     owner.wait()
     wait(lambda: not _processes(server), "etcd and kube-apiserver are gone", 10)
+
+
+def test_an_operator_outlives_the_thread_that_started_it_and_dies_with_a_killed_run(
+    kube: Kube, kubeconfig: Path, tmp_path: Path
+) -> None:
+    program = (
+        "import pathlib, sys, threading, time\n"
+        f"sys.path.insert(0, {str(REPOSITORY)!r})\n"
+        "from tests.apiserver.operator_process import OperatorProcess, settings\n"
+        f"folder, kubeconfig = pathlib.Path({str(tmp_path)!r}), pathlib.Path({str(kubeconfig)!r})\n"
+        f"operator = OperatorProcess(folder, kubeconfig, settings({kube.namespace!r}))\n"
+        "thread = threading.Thread(target=operator.start)\n"
+        "thread.start()\n"
+        "thread.join()\n"
+        "print(operator.pid, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    owner = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None
+    try:
+        operator = int(owner.stdout.readline())
+        log = tmp_path / "operator.log"
+        wait(lambda: "Starting the watch-stream for finetunejobs" in log.read_text(), "the operator watches", 60)
+        assert _alive(operator)
+    finally:
+        owner.kill()
+        owner.wait()
+    wait(lambda: not _alive(operator), "the operator is gone", 10)
 
 
 def _job(name: str) -> dict[str, object]:
