@@ -23,7 +23,7 @@ from finetune_operator.kube import ApiError, Kube
 from finetune_operator.lease import Lease, LeaseLost
 from finetune_operator.listing import list_everything, list_jobs, unreadable
 from finetune_operator.logs import set_up
-from finetune_operator.metrics import LEADER, RECONCILE_ERRORS, REGISTRY, LiveCollector
+from finetune_operator.metrics import RECONCILE_ERRORS, REGISTRY, LiveCollector, give_up_lead, take_lead
 from finetune_operator.pages import Pages
 from finetune_operator.reconcile import ChildRefused, Reconciler
 from finetune_operator.settings import OperatorSettings, read_settings
@@ -86,7 +86,7 @@ class Operator:
             if lease is not None and not await self._unless_stopped(lease.acquire()):
                 return 0
             self._standing_by = False
-            LEADER.set(1)
+            take_lead(self._settings.namespaces)
             await self._work(kube, lease)
             return 0
         except NamespaceAppeared as error:
@@ -96,7 +96,7 @@ class Operator:
             log.error("%s: stopping, so that two operators never work at once", error)
             return 1
         finally:
-            LEADER.set(0)
+            give_up_lead()
             await pages.close()
             await kube.close()
             await unhindered.close()

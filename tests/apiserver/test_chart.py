@@ -14,22 +14,21 @@ from pathlib import Path
 
 import pytest
 from tests.apiserver.kube import Kube, Refused
+from tests.apiserver.prometheus_operator import serve_prometheus_operators_kinds
 from tests.chart import CHART, ROOT, helm, matrix, one, render
 
 NAMES = matrix("first", "second")
-NOT_SERVED = {"ServiceMonitor", "PodMonitor", "PrometheusRule"}  # their CRDs are Prometheus Operator's
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_api_server_accepts_every_object_strictly_and_without_warnings(kube: Kube, name: str) -> None:
+    serve_prometheus_operators_kinds(kube)
     values = matrix(kube.namespace, "default")[name]
     documents = render(values, namespace=kube.namespace)
     account = one(documents, "Pod")["spec"]["serviceAccountName"]  # pods are refused without it, in a dry run too
     kube.create({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": account}})
     query = {"fieldManager": "test", "force": "true", "fieldValidation": "Strict", "dryRun": "All"}
     for document in documents:
-        if document["kind"] in NOT_SERVED:
-            continue
         path = kube.path(
             document["kind"], document["metadata"]["name"], namespace=document["metadata"].get("namespace", "")
         )
