@@ -450,7 +450,7 @@ def test_waiting_for_an_invalid_job_ends_with_code_10(shell: Shell, kube: Kube, 
 def test_waiting_goes_on_once_an_invalid_spec_was_mended(shell: Shell, kube: Kube, bot: str) -> None:
     status = FineTuneJobStatus(state="Invalid", message="no", conditions=(condition("Accepted", "False"),))
     be_operator(kube, bot, status)
-    kube.patch("FineTuneJob", bot, {"spec": {"placement": {"nodeSelector": {"pool": "training"}}}})
+    kube.patch("FineTuneJob", bot, {"spec": {"runPolicy": {"maxRestarts": 7}}})
     with Proxy(kube.server) as proxy:
         kube.server.write_kubeconfig(shell.folder / "proxied", url=proxy.url, namespace=kube.namespace)
         waiting = shell.start("wait", bot, "--kubeconfig", "proxied")
