@@ -13,20 +13,25 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from tests.apiserver.kube import Kube, Refused
+from tests.apiserver.kube import Document, Kube, Refused
 from tests.apiserver.prometheus_operator import serve_prometheus_operators_kinds
+from tests.apiserver.server import shared_server
 from tests.chart import CHART, ROOT, helm, matrix, one, render
 
 NAMES = matrix("first", "second")
+NOT_SERVED = {"ServiceMonitor", "PodMonitor", "PrometheusRule"}  # their CRDs are Prometheus Operator's
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_api_server_accepts_every_object_strictly_and_without_warnings(kube: Kube, name: str) -> None:
-    serve_prometheus_operators_kinds(kube)
     values = matrix(kube.namespace, "default")[name]
-    documents = render(values, namespace=kube.namespace)
+    documents = [item for item in render(values, namespace=kube.namespace) if item["kind"] not in NOT_SERVED]
     account = one(documents, "Pod")["spec"]["serviceAccountName"]  # pods are refused without it, in a dry run too
     kube.create({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": account}})
+    accepts(kube, documents)
+
+
+def accepts(kube: Kube, documents: list[Document]) -> None:
     query = {"fieldManager": "test", "force": "true", "fieldValidation": "Strict", "dryRun": "All"}
     for document in documents:
         path = kube.path(
@@ -35,6 +40,21 @@ def test_the_api_server_accepts_every_object_strictly_and_without_warnings(kube:
         answer = kube.call("PATCH", path, document, content_type="application/apply-patch+yaml", **query)
         assert answer.code in {200, 201}, answer.body
         assert answer.warnings == []
+
+
+def test_prometheus_operators_own_crds_accept_the_monitors_and_rules_that_appear_with_them(tmp_path: Path) -> None:
+    with shared_server(tmp_path / "server", os.getpid()) as server, Kube(server, namespace="default") as kube:
+        serve_prometheus_operators_kinds(kube)
+        kubeconfig = server.write_kubeconfig(tmp_path / "kubeconfig")
+        helm("install", "finetune-operator", str(CHART), "--kubeconfig", str(kubeconfig), "--take-ownership")
+        names = {kind: [item["metadata"]["name"] for item in kube.list(kind)] for kind in sorted(NOT_SERVED)}
+        assert names == {
+            "PodMonitor": ["finetune-operator-training"],
+            "PrometheusRule": ["finetune-operator"],
+            "ServiceMonitor": ["finetune-operator"],
+        }
+        documents = render({}, "--api-versions", "monitoring.coreos.com/v1", namespace="default")
+        accepts(kube, [document for document in documents if document["kind"] in NOT_SERVED])
 
 
 @pytest.mark.parametrize("name", ["defaults", "two replicas", "placement"])
