@@ -44,6 +44,9 @@ _KINDS = {
     "ClusterRoleBinding": ("/apis/rbac.authorization.k8s.io/v1", "clusterrolebindings", False),
     "CustomResourceDefinition": ("/apis/apiextensions.k8s.io/v1", "customresourcedefinitions", False),
     "FineTuneJob": ("/apis/finetune.dev/v1alpha1", "finetunejobs", True),
+    "ServiceMonitor": ("/apis/monitoring.coreos.com/v1", "servicemonitors", True),
+    "PodMonitor": ("/apis/monitoring.coreos.com/v1", "podmonitors", True),
+    "PrometheusRule": ("/apis/monitoring.coreos.com/v1", "prometheusrules", True),
 }
 
 
@@ -74,6 +77,7 @@ class Kube:
     def __init__(self, server: RunningServer, *, token: str = "", namespace: str = "default") -> None:
         self.server = server
         self.namespace = namespace
+        self.timeout_seconds = 30.0  # of one request
         self._headers = {"Authorization": f"Bearer {token or server.token}"}
         self._pool = urllib3.PoolManager(ca_certs=str(server.ca_file), retries=False, maxsize=8)
 
@@ -92,9 +96,8 @@ class Kube:
         url = self.server.url + path + (f"?{urlencode(query)}" if query else "")
         headers = self._headers | ({"Content-Type": content_type} if body is not None else {})
         try:
-            response = self._pool.request(
-                method, url, body=None if body is None else json.dumps(body), headers=headers, timeout=30
-            )
+            content = None if body is None else json.dumps(body)
+            response = self._pool.request(method, url, body=content, headers=headers, timeout=self.timeout_seconds)
         except urllib3.exceptions.HTTPError as error:
             raise Unreachable(str(error)) from None
         parsed: Any = response.data.decode()
@@ -190,8 +193,8 @@ class Kube:
                 yield json.loads(line)
 
 
-def wait(question: Callable[[], T | None], what: str, seconds: float = 20.0) -> T:
-    """Asks every 20 ms until the answer is true and returns it."""
+def wait(question: Callable[[], T | None], what: str, seconds: float = 20.0, pause: float = 0.02) -> T:
+    """Asks every ``pause`` seconds until the answer is true and returns it."""
     deadline = time.monotonic() + seconds
     while True:
         answer = question()
@@ -199,4 +202,4 @@ def wait(question: Callable[[], T | None], what: str, seconds: float = 20.0) -> 
             return answer
         if time.monotonic() > deadline:
             raise AssertionError(f"Waited {seconds:g} s in vain until {what}.")
-        time.sleep(0.02)
+        time.sleep(pause)

@@ -162,6 +162,7 @@ class Life:
             lambda: [p["status"]["phase"] for p in self.kubelet.pods()] == ["Running"] * NODES,
             f"{NODES} pods run",
             SECONDS,
+            pause=0.2,  # often for the 10 s of the Job controller, and by many lives at a time
         )
 
 
@@ -202,7 +203,7 @@ def suspended_life(life: Life) -> None:
     life.until("the last words", lambda status: status.attempts[0].last_step == 6)
     life.kubelet.removes = True
     life.until_state("Suspended")
-    wait(lambda: not life.kube.list("Pod"), "no pod is left", SECONDS)
+    wait(lambda: not life.kube.list("Pod"), "no pod is left", SECONDS, pause=0.2)
     life.until_attempts(1, ended=1)
     life.kube.patch("FineTuneJob", NAME, {"spec": {"runPolicy": {"suspend": False}}})
     life.until_pods_run()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ class OperatorProcess:
     def __init__(self, folder: Path, kubeconfig: Path, configuration: dict[str, Any]) -> None:
         self.folder = folder
         self.starts = 0
+        self.started = 0.0  # the last time, by time.monotonic()
         self.exits: list[int] = []
         self._kubeconfig = kubeconfig
         self._config = folder / "operator.json"
@@ -118,6 +120,7 @@ class OperatorProcess:
         command = [*guarded, "-m", "finetune_operator", "--config", str(self._config)]
         with self._lock, (self.folder / "operator.log").open("ab") as log:
             self.starts += 1
+            self.started = time.monotonic()
             self._process = _FORKS.submit(
                 subprocess.Popen,
                 command,

@@ -12,9 +12,9 @@ import ssl
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 from aiohttp import web
@@ -37,6 +37,12 @@ class Seen:
     code: int
     fault: str = ""
     number: int = 0  # of the write, from 1; 0: not counted
+    sent: bytes = b""
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """What was written (JSON, as the operator sends it)."""
+        return dict(json.loads(self.sent or b"{}"))
 
     @property
     def is_write(self) -> bool:
@@ -65,9 +71,11 @@ class Fault:
     code: int = 0  # answer with this instead of forwarding
     headers: dict[str, str] = field(default_factory=dict)
     drop: str = ""  # "before": the API server never hears of it; "after": it has done it, nobody is told
-    hang_seconds: float = 0.0  # before anything else
+    hang_seconds: float = 0.0  # before anything else, or with ``drop`` "after" when it is done
     gone: bool = False  # a watch gets one ERROR event, 410
+    break_seconds: float = 0.0  # a watch breaks when it has been open for so long
     times: int = 1
+    struck: int = 0  # how often it did
 
 
 def too_many_requests(strikes: Callable[[Seen], bool], *, retry_after: int = 1, times: int = 1) -> Fault:
@@ -88,9 +96,20 @@ def dropped(strikes: Callable[[Seen], bool], *, after: bool = False, times: int 
     return Fault("drop after" if after else "drop", strikes, drop="after" if after else "before", times=times)
 
 
-def gone(strikes: Callable[[Seen], bool], *, times: int = 1) -> Fault:
-    """410 in a watch: the resourceVersion is too old."""
-    return Fault("410", strikes, gone=True, times=times)
+def hanging(strikes: Callable[[Seen], bool], *, seconds: float, after: bool = False, times: int = 1) -> Fault:
+    """No answer for ``seconds``, before the API server has heard of it or ``after`` it has done it."""
+    name = "hang after" if after else "hang"
+    return Fault(name, strikes, hang_seconds=seconds, drop="after" if after else "", times=times)
+
+
+def gone(strikes: Callable[[Seen], bool], *, seconds: float = 0.0, times: int = 1) -> Fault:
+    """410 in a watch, after ``seconds`` in which nothing came: the resourceVersion is too old."""
+    return Fault("410", strikes, gone=True, hang_seconds=seconds, times=times)
+
+
+def broken(strikes: Callable[[Seen], bool], *, seconds: float, times: int = 1) -> Fault:
+    """A watch breaks ``seconds`` after it was opened."""
+    return Fault("break", strikes, break_seconds=seconds, times=times)
 
 
 class Proxy:
@@ -102,7 +121,8 @@ class Proxy:
         self._seen: list[Seen] = []
         self._faults: list[Fault] = []
         self._writes = 0
-        self._kill: tuple[int, str, Callable[[], None]] | None = None
+        self._kill: tuple[Callable[[Seen], bool], str, Callable[[], None]] | None = None
+        self._killed_at = 0
         self._loop = asyncio.new_event_loop()
         self._started = threading.Event()
         self._stop = asyncio.Event()
@@ -137,16 +157,32 @@ class Proxy:
         """Counted writes in their order. Leases are renewed by the clock and not counted."""
         return [one for one in self.seen if one.number]
 
+    @property
+    def killed(self) -> Seen | None:
+        """The write at which :meth:`kill_at` struck."""
+        return next((one for one in self.writes if one.number == self._killed_at), None)
+
+    @property
+    def faults(self) -> list[tuple[str, int]]:
+        """What was injected, and how often it struck."""
+        with self._lock:
+            return [(fault.name, fault.struck) for fault in self._faults]
+
     # ---- what shall happen
 
     def inject(self, fault: Fault) -> None:
         with self._lock:
             self._faults.append(fault)
 
-    def kill_at_write(self, number: int, kill: Callable[[], None], *, when: str = "answered") -> None:
-        """Call ``kill`` once, when write ``number`` (from now) was ``answered``, or was ``done`` but not answered."""
+    def kill_at(self, strikes: Callable[[Seen], bool], kill: Callable[[], None], *, when: str = "answered") -> None:
+        """Call ``kill`` once, when such a write was ``answered``, or was ``done`` but not answered."""
         with self._lock:
-            self._kill = (self._writes + number, when, kill)
+            self._kill = (strikes, when, kill)
+
+    def kill_at_write(self, number: int, kill: Callable[[], None], *, when: str = "answered") -> None:
+        """The same at write ``number`` from now."""
+        number += self._writes
+        self.kill_at(lambda seen: seen.number == number, kill, when=when)
 
     def break_watches(self) -> None:
         """Cut every open watch."""
@@ -177,10 +213,11 @@ class Proxy:
             await runner.cleanup()
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
-        seen = self._begin(request)
+        body = await request.read()
+        seen = self._begin(request, body)
         fault = self._fault_for(seen)
-        if fault is not None and fault.hang_seconds:
-            await asyncio.sleep(fault.hang_seconds)
+        if fault is not None and fault.hang_seconds and fault.drop != "after":
+            await self._hang(seen, fault)
         if fault is not None and fault.drop == "before":
             return self._cut(request, seen, 0, fault)
         if fault is not None and fault.gone:
@@ -191,16 +228,23 @@ class Proxy:
             return _status(fault)
         headers = {name: value for name, value in request.headers.items() if name.lower() not in _HOP_BY_HOP}
         url = self._server.url + request.raw_path
-        body = await request.read()
         if seen.is_watch:
             async with self._session.request(request.method, _raw(url), headers=headers) as upstream:
-                self._note(seen, upstream.status, None)
-                return await self._stream(request, upstream)
+                self._note(seen, upstream.status, fault)
+                return await self._stream(request, upstream, fault.break_seconds if fault else 0.0)
         # The API server does what it was asked even if the caller is killed meanwhile: it is noted all the same.
         upstream, answer = await asyncio.shield(self._forward(request.method, url, headers, body, seen, fault))
         if fault is not None and fault.drop == "after":
+            await asyncio.sleep(fault.hang_seconds)
             return _status(fault) if fault.code else self._cut(request, None, 0, fault)
         return await self._answer(request, seen, upstream, answer)
+
+    async def _hang(self, seen: Seen, fault: Fault) -> None:
+        try:
+            await asyncio.sleep(fault.hang_seconds)
+        except asyncio.CancelledError:
+            self._note(seen, 0, fault)  # the caller gave up
+            raise
 
     async def _forward(
         self, method: str, url: str, headers: dict[str, str], body: bytes, seen: Seen, fault: Fault | None
@@ -224,13 +268,16 @@ class Proxy:
             kill[1]()
         return response
 
-    async def _stream(self, request: web.Request, upstream: aiohttp.ClientResponse) -> web.StreamResponse:
+    async def _stream(
+        self, request: web.Request, upstream: aiohttp.ClientResponse, break_seconds: float
+    ) -> web.StreamResponse:
         headers = {name: value for name, value in upstream.headers.items() if name.lower() not in _HOP_BY_HOP}
         response = web.StreamResponse(status=upstream.status, headers=headers)
         await response.prepare(request)
         task = asyncio.current_task()
         assert task is not None
         self._watches.add(task)
+        end = self._loop.call_later(break_seconds, task.cancel) if break_seconds else None
         try:
             async for chunk in upstream.content.iter_any():
                 await response.write(chunk)
@@ -239,6 +286,8 @@ class Proxy:
                 request.transport.abort()
         finally:
             self._watches.discard(task)
+            if end is not None:
+                end.cancel()
         return response
 
     def _cut(self, request: web.Request, seen: Seen | None, code: int, fault: Fault) -> web.StreamResponse:
@@ -250,33 +299,34 @@ class Proxy:
 
     # ---- the books
 
-    def _begin(self, request: web.Request) -> Seen:
-        seen = Seen(time.monotonic(), request.method, request.path, request.query_string, 0)
+    def _begin(self, request: web.Request, body: bytes) -> Seen:
+        seen = Seen(time.monotonic(), request.method, request.path, request.query_string, 0, sent=body)
         if seen.is_write and seen.resource != "leases":
             with self._lock:
                 self._writes += 1
-                seen = Seen(seen.at, seen.method, seen.path, seen.query, 0, number=self._writes)
+                seen = replace(seen, number=self._writes)
         return seen
 
     def _note(self, seen: Seen, code: int, fault: Fault | None) -> None:
         name = fault.name if fault else ""
         with self._lock:
-            self._seen.append(Seen(seen.at, seen.method, seen.path, seen.query, code, name, seen.number))
+            self._seen.append(replace(seen, code=code, fault=name))
 
     def _fault_for(self, seen: Seen) -> Fault | None:
         with self._lock:
             for fault in self._faults:
                 if fault.times > 0 and fault.strikes(seen):
                     fault.times -= 1
+                    fault.struck += 1
                     return fault
         return None
 
     def _take_kill(self, seen: Seen) -> tuple[str, Callable[[], None]] | None:
         with self._lock:
-            if self._kill is None or seen.number != self._kill[0]:
+            if self._kill is None or not seen.number or not self._kill[0](seen):
                 return None
             _, when, kill = self._kill
-            self._kill = None
+            self._kill, self._killed_at = None, seen.number
             return when, kill
 
 

@@ -31,20 +31,26 @@ class Stage:
     operator: OperatorProcess
     kubelet: Kubelet
 
-    def watching(self, starts: int = 1) -> None:
-        """Wait until the operator, started for the ``starts``-th time, watches both kinds."""
+    def watching(self) -> None:
+        """Wait until the operator, as it was started last, watches both kinds."""
 
-        def open_watches() -> int:
-            kinds = Counter(one.resource for one in self.proxy.seen if one.is_watch)
-            return min(kinds["finetunejobs"], kinds["jobs"])
+        def watched() -> set[str]:
+            return {one.resource for one in self.proxy.seen if one.is_watch and one.at >= self.operator.started}
 
-        wait(lambda: open_watches() >= starts, "the operator watches", 120)
+        wait(lambda: watched() >= {"finetunejobs", "jobs"}, "the operator watches", 120)
 
     def quiet(self, seconds: float = 1.0) -> list[Seen]:
         """The writes (leases aside) that come although nothing happens for ``seconds``."""
         before = len(self.proxy.writes)
         time.sleep(seconds)
         return self.proxy.writes[before:]
+
+    def settled(self) -> bool:
+        """Whether nothing is written any more, also by an operator that died at its last write and has looked again."""
+        if self.quiet(0.5):
+            return False
+        self.watching()
+        return not self.quiet()
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,9 @@ class Outcome:
     writes: list[Seen]
     created: Counter[str]  # children by resource, as the API server answered 201
     events: Counter[str]
+    faults: list[tuple[str, int]]  # each that was injected, and how often it struck
     starts: int  # of the operator
+    killed: Seen | None  # the write at which it was
     seconds: float
     log: str
 
@@ -88,7 +96,7 @@ def live(server: RunningServer, folder: Path, name: str, disturb: Callable[[Stag
         there.operator.start(again=True)
         try:
             LIVES[name](Life(there.kube, there.kubelet))
-            wait(lambda: not there.quiet(0.7), "nothing is written any more")
+            wait(there.settled, "nothing is written any more")
         except AssertionError as error:
             raise AssertionError(f"{error}\n{_what_was_seen(there)}") from error
         return Outcome(
@@ -96,7 +104,9 @@ def live(server: RunningServer, folder: Path, name: str, disturb: Callable[[Stag
             writes=there.proxy.writes,
             created=Counter(one.resource for one in there.proxy.writes if one.code == 201 and one.resource != "events"),
             events=events_of(there.kube),
+            faults=there.proxy.faults,
             starts=there.operator.starts,
+            killed=there.proxy.killed,
             seconds=time.monotonic() - began,
             log=there.operator.log,
         )

@@ -1,49 +1,51 @@
-"""The operator is killed after its k-th write, for every k of a job's life: nobody can tell from what is left.
-
-Each k has a namespace, a proxy and operator processes of its own; several run at a time, because the Job controller's
-pauses make most of a life waiting.
-"""
+"""The operator is killed after its k-th write, for every k of a job's life: nobody can tell from what is left."""
 
 from __future__ import annotations
 
-import os
+import pickle
 from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from tests.apiserver.life import LIVES
-from tests.apiserver.proxy import (
-    Fault,
-    Seen,
-    dropped,
-    gateway_timeout,
-    gone,
-    internal_error,
-    too_many_requests,
-)
+from tests.apiserver.plays import ENDS, KILLS, TROUBLES, Play, Played, perform
 from tests.apiserver.server import RunningServer
-from tests.apiserver.stage import Outcome, Stage, live, told_once
+from tests.apiserver.stage import Outcome, told_once
+from tests.training.sharing import shared_folder
 
-AT_ONCE = int(os.environ.get("FINETUNE_LIVES_AT_ONCE", "5"))
+pytestmark = pytest.mark.timeout(1800)  # whoever comes first waits for all lives
+
 _MOST_REASONS_TO_WAIT = 6
 
-_undisturbed: dict[str, Outcome] = {}
+
+@pytest.fixture(scope="module")
+def played(
+    job_server: RunningServer, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Played:
+    """All plays of the lives that were asked for, once per test session."""
+    names = [name for name in LIVES if any(f"[{name}" in item.nodeid for item in request.session.items)]
+
+    def fill(folder: Path) -> None:
+        (folder / "played").write_bytes(pickle.dumps(perform(job_server, folder, names)))
+
+    outcomes: Played = pickle.loads((shared_folder(tmp_path_factory, "lives", fill) / "played").read_bytes())
+    return outcomes
 
 
-def undisturbed(server: RunningServer, folder: Path, name: str) -> Outcome:
-    """The life that all others are compared with; once per worker."""
-    if name not in _undisturbed:
-        _undisturbed[name] = live(server, folder / f"{name}-undisturbed", name)
-    return _undisturbed[name]
+def _outcomes(played: Played, play: Play) -> list[Outcome]:
+    outcomes = played[play]
+    assert not isinstance(outcomes, str), outcomes
+    return outcomes
+
+
+def _undisturbed(played: Played, name: str) -> Outcome:
+    """The life that all others are compared with."""
+    return _outcomes(played, Play(name))[0]
 
 
 @pytest.mark.parametrize("name", LIVES)
-def test_an_undisturbed_life_makes_one_of_each_child_and_few_writes(
-    job_server: RunningServer, tmp_path: Path, name: str
-) -> None:
-    outcome = undisturbed(job_server, tmp_path, name)
+def test_an_undisturbed_life_makes_one_of_each_child_and_few_writes(played: Played, name: str) -> None:
+    outcome = _undisturbed(played, name)
     assert outcome.created == {"jobs": 1, "services": 1, "configmaps": 1}
     assert outcome.history.children == [
         "Job ftj-life of FineTuneJob",
@@ -54,87 +56,43 @@ def test_an_undisturbed_life_makes_one_of_each_child_and_few_writes(
     print(f"{name}: {len(outcome.writes)} writes, {sum(outcome.events.values())} events, {outcome.seconds:.1f} s")
 
 
-@pytest.mark.parametrize("when", ["answered", "done"])
+@pytest.mark.parametrize("when", KILLS)
 @pytest.mark.parametrize("name", LIVES)
-def test_the_operator_may_die_after_any_write(job_server: RunningServer, tmp_path: Path, name: str, when: str) -> None:
-    """``answered``: it knew; ``done``: the API server had done it and the answer never came."""
-    expected = undisturbed(job_server, tmp_path, name)
+def test_the_operator_may_die_after_any_write(played: Played, name: str, when: str) -> None:
+    expected = _undisturbed(played, name)
     numbers = range(1, len(expected.writes) + 1)
-
-    def killed(number: int) -> tuple[int, Outcome]:
-        def disturb(there: Stage) -> None:
-            there.proxy.kill_at_write(number, there.operator.kill, when=when)
-
-        return number, live(job_server, tmp_path / f"{name}-{when}-{number}", name, disturb)
-
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        outcomes = dict(pool.map(killed, numbers))
-    faults = {number: trouble for number, outcome in outcomes.items() if (trouble := _differs(outcome, expected))}
-    print(f"{name}, {when}: {len(outcomes)} lives, faults {faults}")
-    assert faults == {}
-    # Where one look saw two things at once, or an Event about waiting was not due, a life has fewer writes.
-    survived = {number: len(outcome.writes) for number, outcome in outcomes.items() if outcome.starts == 1}
+    plays = [Play(name, when, write) for write in (*numbers, *ENDS)]
+    assert {play.write: faults for play in plays if (faults := _faults(played[play], expected))} == {}
+    outcomes = {play.write: _outcomes(played, play) for play in plays}
+    survived = {number: len(outcomes[number][0].writes) for number in numbers if outcomes[number][0].killed is None}
     assert all(number > writes for number, writes in survived.items()), survived
     assert len(survived) <= len(numbers) // 4, survived
-    seconds = max(outcome.seconds for outcome in outcomes.values())
-    print(f"{name}, {when}: killed at each of {len(outcomes) - len(survived)} writes, {seconds:.0f} s at most")
-
-
-def _writes_of(resource: str) -> Callable[[Seen], bool]:
-    return lambda seen: seen.is_write and seen.resource == resource
-
-
-_TROUBLE: dict[str, Callable[[], list[Fault]]] = {
-    "429 with Retry-After to every kind of write": lambda: [
-        too_many_requests(_writes_of(resource), times=2)
-        for resource in ("configmaps", "services", "jobs", "finetunejobs/status")
-    ],
-    "500 to every kind of write": lambda: [
-        internal_error(_writes_of(resource), times=2)
-        for resource in ("configmaps", "services", "jobs", "finetunejobs/status")
-    ],
-    "504 after the deed": lambda: [
-        gateway_timeout(_writes_of(resource), after=True, times=2)
-        for resource in ("configmaps", "services", "jobs", "finetunejobs/status")
-    ],
-    "connections that break before": lambda: [dropped(lambda seen: not seen.is_watch and _nth(seen, 3), times=20)],
-    "connections that break after the deed": lambda: [
-        dropped(_writes_of(resource), after=True, times=4)  # one look gives up after three
-        for resource in ("configmaps", "services", "jobs", "finetunejobs/status")
-    ],
-    "lists that fail": lambda: [
-        internal_error(lambda seen: seen.method == "GET" and not seen.is_watch and seen.resource == "pods", times=5)
-    ],
-    "watches that are too old": lambda: [gone(lambda seen: seen.is_watch, times=4)],
-}
-
-
-def _nth(seen: Seen, period: int) -> bool:
-    """Every ``period``-th request, by its time of arrival: no two runs break at the same places."""
-    return int(seen.at * 1000) % period == 0
+    killed = {write: several[-1].killed for write, several in outcomes.items()}
+    assert [write for write, seen in killed.items() if seen is None] == []
+    made = {seen.resource for seen in killed.values() if seen and (seen.method, seen.code) == ("POST", 201)}
+    assert made == {"configmaps", "services", "jobs", "events"}
+    lives = [outcome for several in outcomes.values() for outcome in several]
+    seconds = max(outcome.seconds for outcome in lives)
+    print(f"{name}, {when}: killed at {len(killed)} writes in {len(lives)} lives of {seconds:.0f} s at most")
 
 
 @pytest.mark.parametrize("name", LIVES)
-def test_the_api_server_may_fail_in_every_way(job_server: RunningServer, tmp_path: Path, name: str) -> None:
-    expected = undisturbed(job_server, tmp_path, name)
+def test_the_api_server_may_fail_in_every_way(played: Played, name: str) -> None:
+    expected = _undisturbed(played, name)
+    plays = {trouble: played[Play(name, trouble)] for trouble in TROUBLES}
+    assert {trouble: faults for trouble, play in plays.items() if (faults := _faults(play, expected))} == {}
+    outcomes = {trouble: _outcomes(played, Play(name, trouble))[0] for trouble in TROUBLES}
+    assert {trouble: outcome.starts for trouble, outcome in outcomes.items() if outcome.starts > 1} == {}
+    assert outcomes["answers that never come"].log.count("did not answer (TimeoutError") >= 2
+    print(f"{name}:", *(f"{trouble} {o.seconds:.0f} s {o.faults}" for trouble, o in outcomes.items()), sep="\n    ")
+    assert {trouble: o.faults for trouble, o in outcomes.items() if not all(struck for _, struck in o.faults)} == {}
 
-    def troubled(item: tuple[int, str]) -> tuple[str, Outcome, int]:
-        number, trouble = item
-        faults = _TROUBLE[trouble]()
-        budget = sum(fault.times for fault in faults)
 
-        def disturb(there: Stage) -> None:
-            for fault in faults:
-                there.proxy.inject(fault)
-
-        outcome = live(job_server, tmp_path / f"{name}-trouble-{number}", name, disturb)
-        return trouble, outcome, budget - sum(fault.times for fault in faults)
-
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        outcomes = list(pool.map(troubled, enumerate(_TROUBLE)))
-    assert {trouble: fault for trouble, o, _ in outcomes if (fault := _differs(o, expected))} == {}
-    assert {trouble: outcome.starts for trouble, outcome, _ in outcomes if outcome.starts > 1} == {}
-    assert [trouble for trouble, _, struck in outcomes if not struck] == []
+def _faults(play: list[Outcome] | str, expected: Outcome) -> list[str]:
+    """What a disturbed life left otherwise than the undisturbed one, or why it went no further."""
+    if isinstance(play, str):
+        return [play]
+    return [fault for outcome in play for fault in _differs(outcome, expected)]
 
 
 def _differs(outcome: Outcome, expected: Outcome) -> list[str]:

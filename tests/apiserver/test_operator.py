@@ -103,7 +103,7 @@ def test_a_restart_writes_nothing_to_settled_jobs_and_serves_new_ones(there: Sta
     assert there.operator.stop() == 0
     before, settled = len(there.proxy.writes), there.kube.get("FineTuneJob", NAME)
     there.operator.start()
-    there.watching(2)
+    there.watching()
     there.quiet(2)
     assert there.proxy.writes[before:] == []
     other = job()
@@ -128,7 +128,7 @@ def test_a_restart_writes_nothing_to_a_job_that_runs_undisturbed(there: Stage) -
     assert there.operator.stop() == 0
     before = len(there.proxy.writes)
     there.operator.start()
-    there.watching(2)
+    there.watching()
     time.sleep(4)
     written = there.proxy.writes[before:]
     assert [one for one in written if f"fieldManager={PROGRESS_MANAGER}" not in one.query.split("&")] == []

@@ -7,8 +7,19 @@ import threading
 import time
 
 import pytest
+import urllib3
 from tests.apiserver.kube import Kube, Unreachable, wait
-from tests.apiserver.proxy import Proxy, Seen, dropped, gateway_timeout, gone, internal_error, too_many_requests
+from tests.apiserver.proxy import (
+    Proxy,
+    Seen,
+    broken,
+    dropped,
+    gateway_timeout,
+    gone,
+    hanging,
+    internal_error,
+    too_many_requests,
+)
 
 
 @pytest.fixture
@@ -74,6 +85,27 @@ def test_a_watch_streams_through_and_can_be_cut(kube: Kube, proxy: Proxy, throug
 def test_an_expired_watch_is_told_410(proxy: Proxy, through: Kube) -> None:
     proxy.inject(gone(lambda seen: seen.is_watch))
     assert [(event["type"], event["object"]["code"]) for event in through.watch("ConfigMap")] == [("ERROR", 410)]
+
+
+def test_a_watch_breaks_when_its_time_is_over(proxy: Proxy, through: Kube) -> None:
+    proxy.inject(broken(lambda seen: seen.is_watch, seconds=1.0))
+    began = time.monotonic()
+    with pytest.raises(urllib3.exceptions.ProtocolError):
+        list(through.watch("ConfigMap"))
+    assert 1.0 <= time.monotonic() - began < 10
+    assert ([(one.code, one.fault) for one in proxy.seen], proxy.faults) == ([(200, "break")], [("break", 1)])
+
+
+def test_an_answer_may_never_come(kube: Kube, proxy: Proxy, through: Kube) -> None:
+    through.timeout_seconds = 1.0
+    for number, after in enumerate((False, True)):
+        proxy.inject(hanging(_write, seconds=60, after=after))
+        with pytest.raises(Unreachable, match="timed out"):
+            through.create(_config_map(f"c{number}"))
+        kube.wait(lambda n=number: len(proxy.writes) > n, "it is noted that the caller gave up")  # type: ignore[misc]
+    assert [one["metadata"]["name"] for one in kube.list("ConfigMap")] == ["c1"]
+    assert [(one.code, one.fault) for one in proxy.writes] == [(0, "hang"), (201, "hang after")]
+    assert proxy.faults == [("hang", 1), ("hang after", 1)]
 
 
 def test_errors_are_answered_without_asking_the_server(kube: Kube, proxy: Proxy, through: Kube) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import pytest
 from kubernetes.aio.config import kube_config
 from tests.apiserver.kube import Kube as Administrator
-from tests.apiserver.proxy import Proxy, Seen, dropped
+from tests.apiserver.proxy import Proxy, Seen, dropped, hanging
 
+from finetune_operator import kube as operator_kube
 from finetune_operator.kube import CONFIG_MAPS, ApiError, Kube
 
 
@@ -64,3 +66,18 @@ def test_a_connection_that_always_breaks_is_an_error_that_says_so(kube: Administ
     with pytest.raises(ApiError, match="the API server did not answer") as caught:
         ask(lambda client: client.create(CONFIG_MAPS, _config_map(kube.namespace)))
     assert (caught.value.status, caught.value.retriable, len(proxy.writes)) == (0, True, 3)
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_an_answer_that_never_comes_is_an_error_that_says_so(
+    kube: Administrator, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, after: bool
+) -> None:
+    monkeypatch.setattr(operator_kube, "REQUEST_SECONDS", 1.0)
+    proxy.inject(hanging(_writes, seconds=60, after=after))
+    began = time.monotonic()
+    with pytest.raises(ApiError, match="the API server did not answer") as caught:
+        ask(lambda client: client.create(CONFIG_MAPS, _config_map(kube.namespace)))
+    assert time.monotonic() - began < 10
+    assert (caught.value.status, caught.value.reason, caught.value.retriable) == (0, "Unreachable", True)
+    assert (kube.find("ConfigMap", "a") is not None) is after
+    assert len(proxy.writes) == 1, "it may have been done: the next look asks anew"
