@@ -99,17 +99,21 @@ def lost(life: Life) -> None:
 
 
 def remade(life: Life) -> None:
-    """Suspended from the beginning; somebody deletes its Job, and the other children are there when it is made anew."""
+    """Suspended from the beginning: its Job is made anew when somebody deletes it, and when its spec changes."""
     life.kube.create(job(runPolicy={"suspend": True}))
     life.until_state("Suspended")
-    before = life.kube.get("Job", f"ftj-{NAME}")["metadata"]["uid"]
-    life.kube.delete("Job", f"ftj-{NAME}")
+    for act in (
+        lambda: life.kube.delete("Job", f"ftj-{NAME}"),
+        lambda: life.kube.patch("FineTuneJob", NAME, {"spec": {"checkpoint": {"keep": 7}}}),
+    ):
+        before = life.kube.get("Job", f"ftj-{NAME}")["metadata"]["uid"]
+        act()
+        wait(lambda uid=before: _is_made_anew(life, uid), "the Job is made again", 30)  # type: ignore[misc]
 
-    def made() -> bool:
-        found = life.kube.find("Job", f"ftj-{NAME}")
-        return found is not None and found["metadata"]["uid"] != before
 
-    wait(made, "the Job is made again", 30)
+def _is_made_anew(life: Life, before: str) -> bool:
+    found = life.kube.find("Job", f"ftj-{NAME}")
+    return found is not None and found["metadata"]["uid"] != before
 
 
 PLAYS = {**{name: play for name, play in LIVES.items() if name != "mistaken"}, "expired": expired, "remade": remade}
