@@ -38,9 +38,11 @@ def init(path: str, config: dict[str, Any]) -> None:
     private_directories(config)
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     Path("/proc/sys/net/ipv4/ip_forward").write_text("1")  # of this network namespace
+    log = Path(config["state"]) / "log" / "containerd.log"
+    earlier = log.stat().st_size if log.exists() else 0  # what it said before the node was switched off
     launch(path, "containerd")
     launch(path, "kube-proxy")
-    wait_for_socket(Path(config["state"]) / "containerd.sock")
+    wait_for_containerd(log, earlier)
     launch(path, "kubelet")
     while True:
         with contextlib.suppress(ChildProcessError):
@@ -117,14 +119,14 @@ def component(config: dict[str, Any], name: str) -> None:
     os.execv(command[0], command)
 
 
-def wait_for_socket(path: Path) -> None:
-    deadline = time.monotonic() + 20
+def wait_for_containerd(log: Path, earlier: int) -> None:
+    """It listens before it serves pods; a kubelet that asks in between gives up, and nobody starts it again."""
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(OSError):
-            probe.connect(str(path))
+        if log.exists() and b"containerd successfully booted" in log.read_bytes()[earlier:]:
             return
         time.sleep(0.03)
-    sys.exit(f"containerd does not listen at {path}")
+    sys.exit(f"containerd does not get ready; its log is {log}")
 
 
 def main() -> None:
