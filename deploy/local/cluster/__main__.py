@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _setup(_: argparse.Namespace) -> None:
     cluster.setup()
+    tools.program("helm")  # no cluster needs it, but nearly everybody who starts one installs something
 
 
 def _up(options: argparse.Namespace) -> None:

@@ -60,7 +60,7 @@ def setup(install: bool = True) -> dict[str, Path]:
     programs: dict[str, Path] = {}
     for name in tools.CLUSTER_TOOLS:
         programs |= tools.ensure(tools.TOOLS[name])
-    return programs
+    return programs | {"versitygw": object_storage.program()}
 
 
 def up(node_count: int = 2, reuse: bool = False) -> Layout:

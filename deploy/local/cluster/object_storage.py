@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from deploy.local.cluster import processes
 from deploy.local.cluster.layout import HOST, S3_PORT, ClusterError, Layout
-from deploy.local.s3.server import S3Server, ServerUnavailable
+from deploy.local.s3.server import S3Server, ServerUnavailable, binary
 
 BUCKET = "finetune"
+
+
+def program() -> Path:
+    """The server's executable, built now if need be.
+
+    Raises:
+        ClusterError: it cannot be built.
+    """
+    try:
+        return binary()
+    except ServerUnavailable as error:
+        raise ClusterError(str(error)) from error
 
 
 def start(layout: Layout) -> S3Server:

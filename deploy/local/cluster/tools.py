@@ -106,7 +106,7 @@ TOOLS: dict[str, Tool] = {
     )
 }
 CLUSTER_TOOLS = ("kubernetes", "etcd", "containerd", "coredns", "prometheus")
-"""What `up` needs; helm, kwok and registry are built when somebody asks for them."""
+"""What `up` needs; `setup` also builds helm, the others are built when somebody asks for them."""
 
 
 def program(name: str) -> Path:
