@@ -190,7 +190,7 @@ def whole_life(life: Life) -> None:
 
 
 def suspended_life(life: Life) -> None:
-    """Running, suspended, resumed from the checkpoint, complete."""
+    """Running, suspended, changed meanwhile, resumed from the checkpoint, complete."""
     life.kubelet.page = lambda index: life.page(index)
     life.kube.create(job())
     life.until_pods_run()
@@ -205,6 +205,14 @@ def suspended_life(life: Life) -> None:
     life.until_state("Suspended")
     wait(lambda: not life.kube.list("Pod"), "no pod is left", SECONDS, pause=0.2)
     life.until_attempts(1, ended=1)
+    before = life.kube.get("Job", f"ftj-{NAME}")["metadata"]["uid"]
+    life.kube.patch("FineTuneJob", NAME, {"spec": {"checkpoint": {"everySteps": 9}}})
+
+    def made_anew() -> bool:
+        found = life.kube.find("Job", f"ftj-{NAME}")
+        return found is not None and found["metadata"]["uid"] != before
+
+    wait(made_anew, "the Job is made anew", SECONDS, pause=0.2)
     life.kube.patch("FineTuneJob", NAME, {"spec": {"runPolicy": {"suspend": False}}})
     life.until_pods_run()
     life.train("gang-2", 8, resumed=6)
