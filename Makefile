@@ -26,9 +26,10 @@ demo: $(INSTALLED)
 demo-cluster: $(INSTALLED)
 	$(BIN)/python examples/demo/on_cluster.py
 
+# Three workers on two cores: one of them mostly waits, for the pauses of Kubernetes' Job controller.
 # The cluster tests run alone: they start real nodes, and switch them off.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/unit tests/training tests/apiserver $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist worksteal tests/unit tests/training tests/apiserver $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/cluster $(ARGS)
 
 lint: $(INSTALLED)
