@@ -19,7 +19,7 @@ from finetune_api.plan import Facts
 from finetune_api.planner import complete_plan, make_plan
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.trainer_config import JobIdentity, Rendezvous, TrainerConfig
-from finetune_trainer.data import PreparedData, prepare
+from finetune_trainer.data import PreparedData, TokenDataset, prepare
 from finetune_trainer.worker_config import WorkerConfig
 
 ENGINES: dict[str, dict[str, Any]] = {
@@ -184,6 +184,50 @@ def rank_environment() -> dict[str, str]:
 def largest_difference(one: list[float], other: list[float]) -> float:
     assert len(one) == len(other), f"{len(one)} steps and {len(other)} steps"
     return float((torch.tensor(one) - torch.tensor(other)).abs().max())
+
+
+def plain_base(directory: Path, method: dict[str, Any]) -> Any:
+    """The base model as a person would load it, in 4 bit for QLoRA."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    if method["type"] != "QLoRA":
+        return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=method.get("quantization", {}).get("doubleQuantization", True),
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    return AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, quantization_config=quantization, device_map={"": "cpu"}
+    )
+
+
+def with_adapter(directory: Path, method: dict[str, Any], adapter: Path) -> Any:
+    """Base and adapter in plain PEFT."""
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(plain_base(directory, method), str(adapter))
+    return model.train()  # an eval-mode forward of bitsandbytes repacks 4-bit weights on some CPUs
+
+
+def row_logits(model: Any, rows: TokenDataset, row: int) -> torch.Tensor:
+    """What a plain model says to one row: (T, V)."""
+    ids = torch.from_numpy(rows[row].input_ids.astype("int64"))[None]
+    with torch.no_grad():
+        logits: torch.Tensor = model(input_ids=ids).logits[0].float()
+    return logits
+
+
+def validation_loss(model: Any, rows: TokenDataset) -> float:
+    """Mean token loss of a plain model, one sample at a time."""
+    total, count = 0.0, 0
+    for row in range(len(rows)):
+        labels = torch.from_numpy(rows[row].labels.astype("int64"))[1:]
+        logits = row_logits(model, rows, row)[:-1]
+        total += float(torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum"))
+        count += int((labels != -100).sum())
+    return total / count
 
 
 def _driving(job: Job) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from ruamel.yaml import YAML
-from tests.training.jobs import ENGINES, METHODS, Ground, Job, Outcome
+from tests.training.jobs import ENGINES, METHODS, Ground, Job, Outcome, row_logits, validation_loss, with_adapter
 from tests.training.sharing import shared_folder
 
 from finetune_storage import ObjectStore, fetch_artifact, file_digest
@@ -58,7 +58,9 @@ class Published:
     def __init__(self, folder: Path, fetched: Path) -> None:
         self.ground, self.fetched = Ground(folder), fetched
         self.outcomes: dict[str, Outcome] = {one.tag: self.ground.outcome(one) for one in JOBS}
-        self.data = self.ground.data(JOBS[0])
+        rows = self.ground.data(JOBS[0]).validation
+        assert rows is not None
+        self.rows = rows
 
     def place(self, tag: str) -> ObjectStore:
         found = next(one for one in JOBS if one.tag == tag)
@@ -73,26 +75,11 @@ class Published:
         return target
 
     def validation_loss(self, model: Any) -> float:
-        """Mean token loss of a plain model, one sample at a time."""
-        assert self.data.validation is not None
-        total, count = 0.0, 0
-        for row in range(len(self.data.validation)):
-            sample = self.data.validation[row]
-            ids = torch.from_numpy(sample.input_ids.astype("int64"))[None]
-            labels = torch.from_numpy(sample.labels.astype("int64"))[1:]
-            logits = self.logits(model, ids)[:-1]
-            total += float(torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum"))
-            count += int((labels != -100).sum())
-        return total / count
+        return validation_loss(model, self.rows)
 
-    def logits(self, model: Any, ids: torch.Tensor | None = None) -> torch.Tensor:
+    def logits(self, model: Any) -> torch.Tensor:
         """(T, V) of one row."""
-        if ids is None:
-            assert self.data.validation is not None
-            ids = torch.from_numpy(self.data.validation[0].input_ids.astype("int64"))[None]
-        with torch.no_grad():
-            logits: torch.Tensor = model(input_ids=ids).logits[0].float()
-        return logits
+        return row_logits(model, self.rows, 0)
 
     def trainers_loss(self, tag: str) -> float:
         evaluations = self.outcomes[tag].report["evaluations"]
@@ -106,34 +93,14 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Published:
     return Published(folder, tmp_path_factory.mktemp("fetched"))
 
 
-def plain_base(ground: Ground, method: dict[str, Any]) -> Any:
-    """The base model as a person would load it, in 4 bit for QLoRA."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    if method["type"] != "QLoRA":
-        return AutoModelForCausalLM.from_pretrained(ground.model, dtype=torch.float32)
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=method.get("quantization", {}).get("doubleQuantization", True),
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    return AutoModelForCausalLM.from_pretrained(
-        ground.model, dtype=torch.float32, quantization_config=quantization, device_map={"": "cpu"}
-    )
-
-
-def with_adapter(published: Published, tag: str) -> Any:
-    from peft import PeftModel
-
+def published_adapter(published: Published, tag: str) -> Any:
     method = next(one.method for one in JOBS if one.tag == tag)
-    model = PeftModel.from_pretrained(plain_base(published.ground, method), published.fetch(tag))
-    return model.train()  # an eval-mode forward of bitsandbytes repacks 4-bit weights on some CPUs
+    return with_adapter(published.ground.model, method, published.fetch(tag))
 
 
 def test_a_published_adapter_in_plain_peft_gives_the_trainers_validation_loss(published: Published) -> None:
     for tag in ADAPTERS:
-        model = with_adapter(published, tag)
+        model = published_adapter(published, tag)
         wanted = published.trainers_loss(tag)
         assert abs(published.validation_loss(model) - wanted) <= 1e-4, tag
         with model.disable_adapter():
@@ -148,7 +115,7 @@ def test_a_merged_model_is_its_base_and_adapter_in_one(published: Published) -> 
     for adapter, merged in MERGED.items():
         model = AutoModelForCausalLM.from_pretrained(published.fetch(merged), dtype="auto").eval()
         assert model.dtype is torch.float32
-        expected = published.logits(with_adapter(published, adapter))
+        expected = published.logits(published_adapter(published, adapter))
         torch.testing.assert_close(published.logits(model), expected, rtol=0, atol=1e-4, msg=merged)
         assert abs(published.validation_loss(model) - published.trainers_loss(merged)) <= 1e-4, merged
 
