@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from deploy.local.cluster import cgroups, cluster, images, machine, node, object_storage, stores, tools
+from deploy.local.cluster import cgroups, cluster, images, machine, node, object_storage, processes, stores, tools
 from deploy.local.cluster.layout import PROMETHEUS, ClusterError, Layout, tools_cache
 from deploy.local.s3.server import S3Server
 from tests.tiers import cannot_run, required
@@ -133,7 +133,7 @@ class LocalCluster:
                         self.start_component(each.name, component)
             else:
                 self.boot(each.name)
-        with contextlib.suppress(ClusterError):  # it runs
+        if "s3" not in processes.recorded(self.layout):
             self.start_s3()
         for each in self.layout.nodes:
             self.wait_until_node(each.name, ready=True)
@@ -211,21 +211,18 @@ def wait_for(condition: Callable[[], Any], seconds: float, problem: str, pause: 
 
 @contextlib.contextmanager
 def shared_cluster() -> Iterator[LocalCluster]:
-    """One cluster for all test workers: the first starts it, the last takes it down, unless it ran before.
+    """One cluster for all test workers: the first starts it, the last takes it down, unless a person started it.
 
     Skips where the machine cannot run one; fails there if CI or FINETUNE_REQUIRE_CLUSTER is set.
     """
     require_machine()
-    with session_lock(fcntl.LOCK_SH) as sessions:
-        with (tools_cache() / "cluster-test-start.lock").open("w") as start:
-            fcntl.flock(start, fcntl.LOCK_EX)
-            ran = cluster.current()
-            before = machine_state()
-            if ran is None:
-                images.build()  # before the nodes: they share the golden store instead of getting gigabytes each
-            layout = ran or cluster.up(2)
-            if ran is None:
-                _mark(layout).write_text(json.dumps(before), encoding="utf-8")
+    with _lock_file("sessions") as sessions:
+        with only_one("start"):
+            with contextlib.suppress(BlockingIOError):  # a worker that lives uses the cluster
+                fcntl.flock(sessions, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                remove_remains()
+            fcntl.flock(sessions, fcntl.LOCK_SH)
+            layout = running_layout() or _started()
         try:
             yield LocalCluster(layout)
         finally:
@@ -238,21 +235,64 @@ def shared_cluster() -> Iterator[LocalCluster]:
                     assert machine_state() == before
 
 
+def _started() -> Layout:
+    before = machine_state()
+    images.build()  # before the nodes: they share the golden store instead of getting gigabytes each
+    layout = cluster.up(2)
+    mark_as_ours(layout, before)
+    return layout
+
+
+def mark_as_ours(layout: Layout, before: dict[str, str]) -> None:
+    """Tests started this cluster: it may be taken down without asking. ``before``: the machine without it."""
+    _mark(layout).write_text(json.dumps(before), encoding="utf-8")
+
+
+def running_layout() -> Layout | None:
+    """The cluster that runs, whoever started it; one that is just starting is waited for."""
+    with machine.cluster_lock():
+        return cluster.current()
+
+
+def remove_remains() -> None:
+    """Take down what a test run that was killed has left; only for who holds the sessions' lock exclusively.
+
+    A cluster that a person started stays.
+    """
+    layout = running_layout()
+    ours = Layout.of(0) if layout is None else layout
+    if _mark(ours).exists() or (layout is None and ours.state.exists()):
+        cluster.down()
+
+
 @contextlib.contextmanager
-def session_lock(kind: int) -> Iterator[IO[str]]:
+def session_lock(kind: int) -> Iterator[None]:
     """Shared by workers that use the cluster of the run; exclusive for tests that need a machine without one."""
-    tools_cache().mkdir(parents=True, exist_ok=True)
-    with (tools_cache() / "cluster-test-sessions.lock").open("w") as sessions:
-        fcntl.flock(sessions, kind)
-        yield sessions
+    with _lock_file("sessions") as lock:
+        fcntl.flock(lock, kind)
+        yield
 
 
 @contextlib.contextmanager
 def undisturbed(exclusive: bool) -> Iterator[None]:
     """Tests that break nodes run alone; the others run beside each other."""
-    with (tools_cache() / "cluster-test-faults.lock").open("w") as lock:
+    with _lock_file("faults") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
         yield
+
+
+@contextlib.contextmanager
+def only_one(what: str) -> Iterator[None]:
+    """Workers do ``what`` one after the other."""
+    with _lock_file(what) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _lock_file(name: str) -> IO[str]:
+    """Closing it, also by the death of its process, gives the lock back."""
+    tools_cache().mkdir(parents=True, exist_ok=True)
+    return (tools_cache() / f"cluster-test-{name}.lock").open("w")
 
 
 def _mark(layout: Layout) -> Path:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from deploy.local.cluster.oci import write_image
 from deploy.local.cluster.tools import build_program
 from tests.cluster.cluster import PROBE_IMAGE, LocalCluster, shared_cluster, undisturbed
-from tests.cluster.workshop import Workshop, install, put_ground, workshop
+from tests.cluster.workshop import Adapter, Workshop, install, put_ground, workshop
+
+# More than all deadlines of a test one after the other, and the first test also builds images and starts the cluster:
+# what is late is told by its own deadline, with the story, and not by pytest.
+_TIMEOUT_SECONDS = 1800
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that need a machine without a cluster come before those that share one."""
     items.sort(key=lambda item: item.path.name != "test_clean_up.py")
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.timeout(_TIMEOUT_SECONDS))
 
 
 @pytest.fixture(scope="session")
@@ -80,3 +88,13 @@ def fault_shop(product: LocalCluster) -> Iterator[Workshop]:
                 yield found
         finally:
             product.repair()
+
+
+@pytest.fixture(scope="session")
+def calm(product: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> Adapter:
+    """The adapter of the long job when nothing happens to it."""
+    with undisturbed(exclusive=True), workshop(product) as shop:
+        shop.submit(shop.long_job())
+        status = shop.wait("job", "Complete")
+        assert [attempt["cause"] for attempt in status["attempts"]] == ["Completed"]
+        return shop.adapter(status, tmp_path_factory.mktemp("calm") / "artifact")

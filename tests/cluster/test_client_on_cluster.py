@@ -5,11 +5,24 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import pytest
 from deploy.local.cluster import tools
-from tests.cluster.cluster import wait_for
-from tests.cluster.workshop import Workshop, storage_environment
+from tests.cluster.cluster import LocalCluster, undisturbed
+from tests.cluster.workshop import (
+    EVERY,
+    FILES,
+    GRACE_SECONDS,
+    STEPS,
+    Adapter,
+    Workshop,
+    storage_environment,
+    workshop,
+)
 
 COMMAND = str(Path(sys.executable).with_name("finetune"))
 
@@ -39,38 +52,83 @@ class Terminal:
         """What a command that succeeds prints."""
         command = [*program.split(), *words, *self.place]
         done = subprocess.run(
-            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=120, check=False
+            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=330, check=False
         )
         assert done.returncode == 0, f"{words}: {done.stderr}"
         return done.stdout
 
 
-def test_a_job_is_run_watched_paused_and_fetched_with_the_client_alone(shop: Workshop, tmp_path: Path) -> None:
-    terminal = Terminal(shop, tmp_path)
-    (tmp_path / "job.yaml").write_text(json.dumps(shop.manifest("job", "LoRA", "DDP", **shop.slow(400))))
+@dataclass
+class Life:
+    """What was seen of a job that `finetune run` submitted, waited for and fetched while others asked and paused it."""
+
+    status: dict[str, Any]  # of the job, after all
+    result: dict[str, Any]  # what `finetune run` said
+    said: dict[str, str]  # by other commands, by their first word
+    suspended: dict[str, Any]  # the status then
+    freed_seconds: float  # from before `finetune suspend` until no pod was left
+    adapters: dict[str, Adapter]  # by folder: of `run`, of a later `fetch`
+    files: set[str]  # that `run` fetched
+
+
+@pytest.fixture(scope="module")
+def life(product: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> Life:
+    folder = tmp_path_factory.mktemp("terminal")
+    with undisturbed(exclusive=False), workshop(product) as shop:
+        return _live(shop, folder)
+
+
+def _live(shop: Workshop, folder: Path) -> Life:
+    terminal = Terminal(shop, folder)
+    (folder / "job.yaml").write_text(json.dumps(shop.long_job()))
     run = terminal.start("run", "--on", "kubernetes", "job.yaml", "--directory", "adapter", "--output", "json")
     try:
-        wait_for(lambda: shop.status("job").get("progress", {}).get("step", 0) > 5, 120, "the job does not train")
-        assert "Running" in terminal("list")
-        screen = terminal("finetune", "status", "job", program=str(tools.program("kubectl")))
-        for part in ("2 ranks (2 nodes x 1)", "strategy      DDP, method LoRA", "attempts", "conditions"):
-            assert part in screen, screen
-        assert "step" in terminal("logs", "job", "--no-follow")
-        assert terminal("logs", "job", "--rank", "1", "--no-follow", "--tail", "20").strip()
+        shop.wait_step("job", EVERY + 5)
+        said = {"list": terminal("list")}
+        said["logs"] = terminal("logs", "job", "--rank", "1", "--no-follow", "--tail", "20")
+        began = time.monotonic()
         terminal("suspend", "job")
+        shop.until("job", "keeps its pods", lambda: not shop.pods("job"), 60)
+        freed_seconds = time.monotonic() - began
         terminal("wait", "job", "--for", "Suspended", "--timeout", "60s")
+        suspended = shop.status("job")
         terminal("resume", "job")
-        terminal("wait", "job", "--timeout", "180s")
-        said, complaint = run.communicate(timeout=60)
+        shop.wait_step("job", suspended["attempts"][-1]["lastStep"] + 1)
+        said["status"] = terminal("finetune", "status", "job", program=str(tools.program("kubectl")))
+        said["all logs"] = terminal("logs", "job", "--no-follow")
+        terminal("wait", "job", "--timeout", "300s")
+        output, complaint = run.communicate(timeout=60)
     finally:
         run.kill()
     assert run.returncode == 0, complaint
-    result = json.loads(said)
-    assert (result["exitClass"], result["step"]) == ("Completed", 400)
-    files = {path.name for path in (tmp_path / "adapter").iterdir()}
-    assert {"adapter_config.json", "adapter_model.safetensors", "report.json"} <= files
     terminal("fetch", "job", "--directory", "again")
-    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("adapter", "again")]
-    assert weights[0] == weights[1]
+    status = shop.status("job")
     terminal("cancel", "job", "--yes")
     terminal("wait", "job", "--for", "Deleted", "--timeout", "60s")
+    adapters = {name: {file: (folder / name / file).read_bytes() for file in FILES} for name in ("adapter", "again")}
+    files = {path.name for path in (folder / "adapter").iterdir()}
+    return Life(status, json.loads(output), said, suspended, freed_seconds, adapters, files)
+
+
+def test_a_job_is_run_watched_paused_and_fetched_with_the_client_alone(life: Life) -> None:
+    assert "Running" in life.said["list"]
+    for part in ("2 ranks (2 nodes x 1)", "strategy      DDP, method LoRA", "attempts", "conditions"):
+        assert part in life.said["status"], life.said["status"]
+    assert life.said["logs"].strip()
+    assert "step" in life.said["all logs"]
+    assert (life.result["exitClass"], life.result["step"]) == ("Completed", STEPS)
+    assert {*FILES, "report.json"} <= life.files
+    assert life.adapters["again"] == life.adapters["adapter"]
+
+
+def test_a_suspended_job_frees_its_pods_within_the_grace_period_and_continues_to_the_same_adapter(
+    life: Life, calm: Adapter
+) -> None:
+    (paused,) = life.suspended["attempts"]
+    print(f"suspended at step {paused['lastStep']}, no pod after {life.freed_seconds:.1f} s")
+    assert life.freed_seconds <= GRACE_SECONDS
+    assert EVERY <= life.suspended["checkpoint"]["step"] <= paused["lastStep"] < STEPS
+    attempts = life.status["attempts"]
+    assert [attempt["cause"] for attempt in attempts] == ["Suspended", "Completed"]
+    assert [attempt["resumedFromStep"] for attempt in attempts] == [0, paused["lastStep"]], "not a step was lost"
+    assert life.adapters["adapter"] == calm

@@ -11,35 +11,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-from tests.cluster.cluster import LocalCluster, undisturbed, wait_for
-from tests.cluster.workshop import CHART, RELEASE, SYSTEM, Workshop, helm, rank_process, workshop
-
-EVERY = 20  # steps between checkpoints
-STEPS = 600  # about 20 s on two free cores
-FILES = ("adapter_model.safetensors", "adapter_config.json")
-OPERATOR_PODS = "app.kubernetes.io/name=finetune-operator"
-
-Adapter = dict[str, bytes]
-
-
-def manifest(shop: Workshop) -> dict[str, Any]:
-    return shop.manifest("job", "LoRA", "DDP", **shop.slow(STEPS))
-
-
-def adapter(shop: Workshop, status: dict[str, Any], folder: Path) -> Adapter:
-    directory = shop.fetch(status, folder)
-    return {name: (directory / name).read_bytes() for name in FILES}
-
-
-@pytest.fixture(scope="module")
-def calm(product: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> Adapter:
-    """The adapter of a job that nothing happens to."""
-    with undisturbed(exclusive=True), workshop(product) as shop:
-        shop.submit(manifest(shop))
-        status = shop.wait("job", "Complete", seconds=300)
-        assert facts(status, "cause") == [("Completed",)]
-        return adapter(shop, status, tmp_path_factory.mktemp("calm") / "artifact")
+from tests.cluster.cluster import LocalCluster, wait_for
+from tests.cluster.workshop import (
+    CHART,
+    EVERY,
+    GRACE_SECONDS,
+    RELEASE,
+    STEPS,
+    SYSTEM,
+    Adapter,
+    Workshop,
+    helm,
+    installed,
+    operator_pod,
+    rank_process,
+)
 
 
 class Story:
@@ -47,8 +33,8 @@ class Story:
 
     def __init__(self, shop: Workshop) -> None:
         self.shop = shop
-        shop.submit(manifest(shop))
-        shop.wait_step("job", EVERY + 5, seconds=240)
+        shop.submit(shop.long_job())
+        shop.wait_step("job", EVERY + 5)
         self.struck = time.monotonic()
 
     def strike(self) -> None:
@@ -60,20 +46,17 @@ class Story:
 
         def trains() -> bool:
             status = self.shop.status("job")
-            assert status.get("state") not in {"Failed", "Complete"}, self.shop.story("job")
+            assert status.get("state") not in {"Failed", "Complete"}, f"attempt {number} is over"
             last = status["attempts"][-1]
             resumed = last.get("resumedFromStep")
             step = status.get("progress", {}).get("step", 0)
             return last["number"] >= number and resumed is not None and "endedAt" not in last and step > resumed
 
-        try:
-            wait_for(trains, seconds, f"attempt {number} does not train", pause=0.3)
-        except AssertionError as error:
-            raise AssertionError(f"{error}\n{self.shop.story('job')}") from None
+        self.shop.until("job", f"does not train in attempt {number}", trains, seconds)
         print(f"attempt {number} trains {time.monotonic() - self.struck:.1f} s after the fault")
 
     def complete(self) -> dict[str, Any]:
-        status = self.shop.wait("job", "Complete", seconds=300)
+        status = self.shop.wait("job", "Complete")
         for attempt in status["attempts"]:
             print(
                 {name: attempt.get(name) for name in ("cause", "resumedFromStep", "lastStep", "lostSteps", "message")}
@@ -140,7 +123,7 @@ def test_a_killed_rank_restarts_in_place_and_deleted_pods_are_replaced(
     assert facts(status, "cause")[2:] == [("PodDeleted",), ("Completed",)]
     assert whole_checkpoints(status), status["attempts"]
     assert status["attempts"][1]["lostSteps"] == 0, "a pod that is asked to go writes a checkpoint first"
-    assert adapter(fault_shop, status, tmp_path / "artifact") == calm
+    assert fault_shop.adapter(status, tmp_path / "artifact") == calm
 
 
 def test_a_node_without_power_is_replaced_and_comes_back(fault_shop: Workshop, calm: Adapter, tmp_path: Path) -> None:
@@ -155,7 +138,7 @@ def test_a_node_without_power_is_replaced_and_comes_back(fault_shop: Workshop, c
 
     status = story.complete()
     told_of_the_node(status, lost)
-    assert adapter(fault_shop, status, tmp_path / "artifact") == calm
+    assert fault_shop.adapter(status, tmp_path / "artifact") == calm
 
 
 def test_a_node_that_is_cut_off_until_its_pod_is_evicted_gives_it_up(
@@ -175,7 +158,7 @@ def test_a_node_that_is_cut_off_until_its_pod_is_evicted_gives_it_up(
 
     status = story.complete()
     told_of_the_node(status, lost)
-    assert adapter(fault_shop, status, tmp_path / "artifact") == calm
+    assert fault_shop.adapter(status, tmp_path / "artifact") == calm
 
 
 def on_n2(shop: Workshop) -> dict[str, Any]:
@@ -192,16 +175,16 @@ def until_replaced(shop: Workshop, lost: dict[str, Any]) -> None:
         found = {pod["metadata"]["uid"]: pod["metadata"]["labels"][index] for pod in shop.pods("job")}
         return lost["metadata"]["uid"] not in found and lost["metadata"]["labels"][index] in found.values()
 
-    try:
-        wait_for(replaced, 150, f"{lost['metadata']['name']} is not replaced", pause=0.3)
-    except AssertionError as error:
-        raise AssertionError(f"{error}\n{shop.story('job')}") from None
+    shop.until("job", f"has {lost['metadata']['name']} still, or no pod in its place", replaced, 150)
 
 
 def told_of_the_node(status: dict[str, Any], lost: dict[str, Any]) -> None:
     name = lost["metadata"]["name"]
     assert facts(status, "cause", "pod", "node")[0] == ("NodeLost", name, "n2")
-    assert status["attempts"][0]["message"].startswith(f"pod {name} was lost with node n2")
+    message = status["attempts"][0]["message"]
+    given_up = f"pod {name} was given up because node n2 has not confirmed its end 10 s after its grace period"
+    # if everything is so slow that the ranks on n1 end first, the pod on n2 is why
+    assert message == given_up or message.startswith(f"pod {name} was lost with node n2: "), message
     assert facts(status, "cause")[1:] == [("Completed",)]
     assert whole_checkpoints(status), status["attempts"]
 
@@ -229,28 +212,33 @@ def test_neither_a_short_partition_nor_lost_storage_nor_a_dead_operator_nor_an_u
         status = story.complete()
     assert uids(fault_shop) == before, "no training pod was started again"
     assert facts(status, "cause", "lastStep") == [("Completed", STEPS)]
-    assert adapter(fault_shop, status, tmp_path / "artifact") == calm
+    assert fault_shop.adapter(status, tmp_path / "artifact") == calm
 
 
 @contextlib.contextmanager
 def new_operator(cluster: LocalCluster) -> Iterator[None]:
     """SIGKILL, and when it is back an upgrade with another default for training pods; rolled back at the end."""
-    (old,) = cluster.list("pods", SYSTEM, OPERATOR_PODS)
+    old = operator_pod(cluster)
     for process in process_of(cluster, old["metadata"]["uid"]):
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
+    wait_for(
+        lambda: restarts(operator_pod(cluster)) > restarts(old), 60, "the operator does not come back after SIGKILL"
+    )
 
-    def restarted() -> bool:
-        (container,) = cluster.list("pods", SYSTEM, OPERATOR_PODS)[0]["status"]["containerStatuses"]
-        return bool(container["restartCount"] > old["status"]["containerStatuses"][0]["restartCount"])
-
-    wait_for(restarted, 30, "the operator does not come back after SIGKILL")
-    values = "training.terminationGracePeriodSeconds=31,podAnnotations.example\\.org/upgrade=yes"
+    values = f"training.terminationGracePeriodSeconds={GRACE_SECONDS + 1},podAnnotations.example\\.org/upgrade=yes"
     place = ["--namespace", SYSTEM, "--wait", "--timeout", "120s"]
+    mark = installed(cluster)
+    known = mark.read_text()
+    mark.unlink()  # if this run is killed now, the next one installs again
     try:
         helm(cluster, "upgrade", RELEASE, str(CHART), "--reuse-values", "--set", values, *place)
-        names = [pod["metadata"]["name"] for pod in cluster.list("pods", SYSTEM, OPERATOR_PODS)]
-        assert names != [old["metadata"]["name"]], "the operator was replaced"
+        assert operator_pod(cluster)["metadata"]["uid"] != old["metadata"]["uid"], "the operator was replaced"
         yield
     finally:
         helm(cluster, "rollback", RELEASE, *place)
+        mark.write_text(known)
+
+
+def restarts(pod: dict[str, Any]) -> int:
+    return sum(int(status["restartCount"]) for status in pod["status"].get("containerStatuses", ()))

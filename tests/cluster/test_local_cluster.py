@@ -128,8 +128,13 @@ class TestRunning:
         listing = [kubectl, *direct, "get", "pods", "--namespace", namespace]
         refused = subprocess.run(listing, env=environment, capture_output=True, text=True, check=False)
         assert "is forbidden" in refused.stderr
-        events = {(event["verb"], event["objectRef"]["resource"]) for event in local_cluster.audit(user)}
-        assert {("list", "pods"), ("create", "selfsubjectaccessreviews")} <= events
+        expected = {("list", "pods"), ("create", "selfsubjectaccessreviews")}
+
+        def written() -> bool:
+            events = local_cluster.audit(user)
+            return expected <= {(event["verb"], event["objectRef"]["resource"]) for event in events}
+
+        wait_for(written, 10, "the audit log lacks a request")  # it is written after the answer
 
 
 class TestFaults:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import json
 import os
@@ -14,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from deploy.local.cluster import images, tools
-from deploy.local.cluster.layout import tools_cache
 from deploy.local.cluster.object_storage import BUCKET
 from ruamel.yaml import YAML
 from tests.builders import build_model, conversations, write_jsonl
-from tests.cluster.cluster import LocalCluster, wait_for
+from tests.cluster.cluster import LocalCluster, only_one, wait_for
 
 from finetune_storage import ObjectStore, fetch_artifact
 
@@ -26,9 +24,18 @@ REPOSITORY = Path(__file__).parents[2]
 CHART = REPOSITORY / "charts" / "finetune-operator"
 RELEASE, SYSTEM = "finetune", "finetune-system"
 OPERATOR = "deployment/finetune-operator"
+OPERATOR_PODS = "app.kubernetes.io/component=operator"
 SECRET = "bucket"
 MODEL, DATA = f"s3://{BUCKET}/tests/model", f"s3://{BUCKET}/tests/train.jsonl"
 PROGRESS_SECONDS = 2  # the product's default is 10; tests want to see more of a short job
+GRACE_SECONDS = 15  # of a training pod; 120 by default, but a tiny job's checkpoint is written in no time
+
+# The job that several tests live through, undisturbed or not: its adapter is always the same.
+EVERY = 20  # steps between checkpoints
+STEPS = 600  # about 20 s on two free cores
+FILES = ("adapter_model.safetensors", "adapter_config.json")
+
+Adapter = dict[str, bytes]
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "DDP": {"type": "DDP"},
@@ -49,13 +56,12 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def install(cluster: LocalCluster, *, values: dict[str, Any] | None = None, upgrade: bool = True) -> None:
     """`helm upgrade --install` of this working tree: images built and loaded if need be. Once per run and change."""
-    with (tools_cache() / "cluster-test-install.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with only_one("install"):
         names = images.build()
-        installed = helm(cluster, "list", "--namespace", SYSTEM, "--output", "json")
+        releases = helm(cluster, "list", "--namespace", SYSTEM, "--output", "json")
         wanted = json.dumps([names, values or {}], sort_keys=True)
-        mark = cluster.layout.state / "installed-by-tests"
-        if RELEASE in installed and not (upgrade and values) and mark.exists() and mark.read_text() == wanted:
+        mark = installed(cluster)
+        if RELEASE in releases and not (upgrade and values) and mark.exists() and mark.read_text() == wanted:
             return
         images.load(cluster.layout, names.values())
         text = json.dumps(_values(names) | (values or {}))
@@ -64,6 +70,11 @@ def install(cluster: LocalCluster, *, values: dict[str, Any] | None = None, upgr
         command = ["upgrade", "--install", RELEASE, str(CHART), "--namespace", SYSTEM, "--create-namespace"]
         helm(cluster, *command, "--values", str(file), "--wait", "--timeout", "120s")
         mark.write_text(wanted)
+
+
+def installed(cluster: LocalCluster) -> Path:
+    """What is installed; without this file the next `install` installs again."""
+    return cluster.layout.state / "installed-by-tests"
 
 
 def helm(cluster: LocalCluster, *words: str) -> str:
@@ -84,7 +95,7 @@ def _values(names: dict[str, str]) -> dict[str, Any]:
         "fullnameOverride": "finetune-operator",
         "log": {"format": "text", "level": "info"},
         "progress": {"intervalSeconds": PROGRESS_SECONDS},
-        "training": {"terminationGracePeriodSeconds": 30},
+        "training": {"terminationGracePeriodSeconds": GRACE_SECONDS},
         "collectiveTimeoutSeconds": 60,
         "rendezvousTimeoutSeconds": 240,
         # the node that tests break is n2: the operator lives on n1
@@ -94,8 +105,7 @@ def _values(names: dict[str, str]) -> dict[str, Any]:
 
 def put_ground(cluster: LocalCluster, folder: Path) -> None:
     """The tiny model and the data in the cluster's bucket; the same bytes every time."""
-    with (tools_cache() / "cluster-test-ground.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with only_one("ground"):
         store = ObjectStore.open(f"s3://{BUCKET}/tests", environment=storage_environment(cluster))
         if store.exists("train.jsonl"):
             return
@@ -154,10 +164,14 @@ class Workshop:
             "spec": spec,
         }
 
-    def slow(self, steps: int = 300, **blocks: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        """Blocks of a job that trains long enough to be disturbed (about 10 steps a second) and checkpoints often."""
+    def slow(self, steps: int = STEPS, **blocks: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """Blocks of a job that trains long enough to be disturbed (10 to 30 steps a second) and checkpoints often."""
         training = {"maxSteps": steps, "globalBatchSize": 8, "precision": "FP32", "learningRate": 3e-3}
-        return {"training": training, "checkpoint": {"everySteps": 20}, **blocks}
+        return {"training": training, "checkpoint": {"everySteps": EVERY}, **blocks}
+
+    def long_job(self) -> dict[str, Any]:
+        """``job``: of STEPS steps, with a checkpoint after EVERY."""
+        return self.manifest("job", "LoRA", "DDP", **self.slow())
 
     # ---- life
 
@@ -182,31 +196,36 @@ class Workshop:
         living = [pod for pod in self.pods(name) if _index(pod) == index and "deletionTimestamp" not in pod["metadata"]]
         return max(living, key=lambda pod: str(pod["metadata"]["creationTimestamp"]))
 
-    def wait(self, name: str, state: str, seconds: float = 180) -> dict[str, Any]:
+    def wait(self, name: str, state: str, seconds: float = 300) -> dict[str, Any]:
         """The status as soon as the job is in ``state``; fails at once if it ends otherwise, with the whole story."""
 
-        def arrived() -> bool:
-            now = self.status(name).get("state")
+        def arrived() -> dict[str, Any] | None:
+            status = self.status(name)
+            now = status.get("state")
             if now in {"Failed", "Invalid", "Complete"} and now != state:
-                raise AssertionError(f"{name} is {now}, not {state}:\n{self.story(name)}")
-            return bool(now == state)
+                raise AssertionError(f"{name} is {now}, not {state}")
+            return status if now == state else None
 
-        try:
-            wait_for(arrived, seconds, f"{name} is not {state}", pause=0.3)
-        except AssertionError as error:
-            raise AssertionError(f"{error}\n{self.story(name)}") from None
-        return self.status(name)
+        found: dict[str, Any] = self.until(name, f"is not {state}", arrived, seconds)
+        return found
 
-    def wait_step(self, name: str, step: int, seconds: float = 120) -> None:
-        """Until a pod reports this step (asked directly: the status is up to two seconds older)."""
+    def wait_step(self, name: str, step: int, seconds: float = 240) -> None:
+        """Until the status tells of this step (the job is up to two seconds further)."""
 
         def reached() -> bool:
             status = self.status(name)
             if status.get("state") in {"Failed", "Invalid", "Complete"}:
-                raise AssertionError(f"{name} ended before step {step}:\n{self.story(name)}")
+                raise AssertionError(f"{name} ended before step {step}")
             return int(status.get("progress", {}).get("step", 0)) >= step
 
-        wait_for(reached, seconds, f"{name} does not reach step {step}:\n{self.story(name)}", pause=0.3)
+        self.until(name, f"does not reach step {step}", reached, seconds)
+
+    def until(self, name: str, problem: str, condition: Callable[[], Any], seconds: float) -> Any:
+        """The first true answer; where there is none, or the condition itself fails, the job's whole story."""
+        try:
+            return wait_for(condition, seconds, f"{name} {problem}", pause=0.3)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.story(name)}") from None
 
     def story(self, name: str) -> str:
         """Everything one wants to read when a job went wrong."""
@@ -227,12 +246,10 @@ class Workshop:
         fetch_artifact(store, directory, manifest_sha256=artifacts["manifestSha256"])
         return directory
 
-    def losses(self, status: dict[str, Any]) -> list[float]:
-        """Training loss of every step, from the published report."""
-        prefix = status["artifacts"]["uri"]
-        store = ObjectStore.open(prefix, environment=storage_environment(self.cluster))
-        report = json.loads(store.get("report.json"))
-        return [step["loss"] for step in report["steps"]]
+    def adapter(self, status: dict[str, Any], directory: Path) -> Adapter:
+        """The published adapter's bytes."""
+        self.fetch(status, directory)
+        return {name: (directory / name).read_bytes() for name in FILES}
 
     def run_locally(self, manifest: dict[str, Any], folder: Path) -> dict[str, Any]:
         """`finetune run` of the same manifest on this machine, writing elsewhere; its result as JSON."""
@@ -255,6 +272,13 @@ class Workshop:
         return result
 
 
+def operator_pod(cluster: LocalCluster) -> dict[str, Any]:
+    """The newest that nobody has deleted: one of before an upgrade may still be on its way out."""
+    pods = cluster.list("pods", SYSTEM, OPERATOR_PODS)
+    living = [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
+    return max(living, key=lambda pod: str(pod["metadata"]["creationTimestamp"]))
+
+
 def _index(pod: dict[str, Any]) -> int:
     return int(pod["metadata"]["labels"]["batch.kubernetes.io/job-completion-index"])
 
@@ -275,6 +299,3 @@ def workshop(cluster: LocalCluster) -> Iterator[Workshop]:
     """A workshop in a new ``restricted`` namespace."""
     with cluster.namespace("jobs") as namespace:
         yield Workshop(cluster, namespace)
-
-
-Until = Callable[[], bool]
