@@ -26,6 +26,7 @@ class Situation:
 
     observed: Observed
     plan: Plan | None  # None: this version cannot read the spec of a job that another one has started
+    nodes: int
     settings: OperatorSettings
     before: FineTuneJobStatus
     newest: tuple[PodView, ...]  # the newest pod of every index; empty if pods were not looked at
@@ -39,12 +40,6 @@ class Situation:
     @property
     def now(self) -> datetime:
         return self.observed.now
-
-    @property
-    def nodes(self) -> int:
-        if self.plan is not None:
-            return self.plan.nodes
-        return self.job.nodes if self.job is not None else 1
 
     @property
     def artifact_prefix(self) -> str:
@@ -100,6 +95,7 @@ def situation(observed: Observed, plan: Plan | None, settings: OperatorSettings)
     return Situation(
         observed=observed,
         plan=plan,
+        nodes=nodes,
         settings=settings,
         before=before,
         newest=newest,
