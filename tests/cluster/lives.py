@@ -2,7 +2,7 @@
 
 ``whole`` trains, loses a pod whose node does not confirm it, is suspended, resumed, completes and is removed when its
 time to live is over. ``refused`` has credentials that the object store does not know. ``unclear`` is invalid. ``idle``
-is suspended from the beginning, and somebody deletes its Job.
+is suspended from the beginning; somebody deletes its Job, and then its spec changes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pickle
 import secrets
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -162,7 +162,11 @@ def _play(shop: Workshop, lives: Lives) -> None:
     shop.wait("unclear", "Invalid", seconds=60)
     shop.submit(shop.manifest("idle", "LoRA", "DDP", runPolicy={"suspend": True}))
     shop.wait("idle", "Suspended", seconds=60)
-    _lose_job(shop, "idle")
+    for act in (
+        lambda: shop.cluster.kubectl("delete", "job", "ftj-idle", "-n", shop.namespace),
+        lambda: shop.patch("idle", {"checkpoint": {"keep": 7}}),
+    ):
+        _remade(shop, "idle", act)
 
     shop.wait_step("whole", 5)
     lives.targets = shop.until("whole", "is not scraped", _asked_targets, 60)
@@ -187,15 +191,15 @@ def _resumed(shop: Workshop, name: str) -> bool:
     return len(attempts) > 1 and "resumedFromStep" in attempts[-1] and "endedAt" not in attempts[-1]
 
 
-def _lose_job(shop: Workshop, name: str) -> None:
-    """Delete the Job of a job; the operator makes it again, and finds the other children there."""
+def _remade(shop: Workshop, name: str, act: Callable[[], object]) -> None:
+    """After ``act`` the operator makes the Job of a job again, and finds the other children there."""
 
     def uid() -> str | None:
         job = shop.cluster.get("job", f"ftj-{name}", shop.namespace)
         return str(job["metadata"]["uid"]) if job else None
 
     before = uid()
-    shop.cluster.kubectl("delete", "job", f"ftj-{name}", "-n", shop.namespace)
+    act()
     wait_for(lambda: uid() not in {None, before}, 60, f"the Job of {name} is not made again")
 
 
