@@ -54,7 +54,7 @@ cluster: # a real Kubernetes on this machine; docs/local-cluster.md
 cluster-down:
 	@$(PYTHON) -m deploy.local.cluster down
 
-cluster-setup: # packages and tools of the local cluster; about 13 minutes of compiling on a bare machine, then nothing
+cluster-setup: # packages and tools of the local cluster; 8 to 16 minutes of compiling on a bare machine, then nothing
 	@$(PYTHON) -m deploy.local.cluster setup
 
 images: $(INSTALLED) # operator and trainer for the local cluster; about 5 minutes on a bare machine, then what changed
