@@ -92,7 +92,9 @@ class Job:
             known = self.condition(kind)
             if known is not None and known.status == "True":
                 return kind
-        return INVALID if self.holds("Accepted", "False") else None  # a spec that was mended is not judged yet
+        # A spec that was mended is not judged yet; a job whose spec an older operator cannot read goes on.
+        invalid = self.status.state in {None, INVALID} and self.holds("Accepted", "False")
+        return INVALID if invalid else None
 
     @property
     def exit_class(self) -> ExitClass:

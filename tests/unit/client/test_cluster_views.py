@@ -211,6 +211,10 @@ def test_a_job_whose_spec_was_mended_is_not_invalid_any_more() -> None:
     assert read_job_object(raw).ended is None
 
 
+def test_a_running_job_whose_spec_the_operator_cannot_read_after_a_rollback_has_not_ended() -> None:
+    assert make_job(running(conditions=(condition("Accepted", "False"), condition("Running")))).ended is None
+
+
 def test_what_has_ended_for_good_stays_so_whatever_becomes_of_the_spec() -> None:
     assert [make_job(status, generation=2).ended for status in (complete(), failed())] == ["Complete", "Failed"]
 
