@@ -15,7 +15,7 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from finetune_api.errors import StorageError
+from finetune_api.errors import FineTuneError, StorageError
 from finetune_api.fields import SchemaModel
 from finetune_api.report import ArtifactManifest, Sha256
 from finetune_storage.bundle import (
@@ -138,7 +138,7 @@ def _local_trouble(destination: Path) -> Iterator[None]:
     """What the local file system refuses, as a sentence about ``destination``."""
     try:
         yield
-    except StorageError:  # an OSError too, which has its sentence
+    except FineTuneError:  # some are an OSError too, and have their sentence
         raise
     except OSError as error:
         raise StorageError(f"'{destination}' cannot be written ({error.strerror}); {_ANOTHER}.") from error

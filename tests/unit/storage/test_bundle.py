@@ -12,6 +12,7 @@ from finetune_storage import (
     ObjectNotFound,
     ObjectStore,
     StorageError,
+    StorageUnavailable,
     commit,
     delete_bundle,
     fetch_artifact,
@@ -252,4 +253,19 @@ def test_a_disk_that_is_full_is_told_in_a_sentence(
     assert str(caught.value) == (
         f"'{tmp_path}/copy' cannot be written (No space left on device); choose another directory for the artifact."
     )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bucket"]
+
+
+def test_an_outage_during_a_fetch_is_no_trouble_of_the_disk(
+    store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _bundle(store, "x")
+
+    def away(*_: object) -> None:
+        raise StorageUnavailable("Could not read s3://bucket/x/a.bin: nobody answers.")
+
+    monkeypatch.setattr(ObjectStore, "download", away)
+    with pytest.raises(StorageUnavailable) as caught:
+        fetch_artifact(store.child("x"), tmp_path / "copy")
+    assert str(caught.value) == "Could not read s3://bucket/x/a.bin: nobody answers."
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bucket"]
