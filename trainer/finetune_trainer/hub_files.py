@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import secrets
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from finetune_api.errors import FineTuneError, ModelError, StorageUnavailable
 from finetune_api.spec import Model
+
+log = logging.getLogger(__name__)
 
 _RESOLVE_SECONDS = 30.0
 
@@ -31,21 +35,58 @@ def repository(model: Model) -> tuple[str, str | None]:
 
 
 def resolve_commit(name: str) -> str:
-    """The commit that the default branch of ``org/name`` is at now; offline, the one that the cache knows.
+    """The commit that the default branch of ``org/name`` is at now; without the hub, the one that the cache knows.
 
     Raises:
         ModelError: the repository does not exist, may not be read, or has no commit; offline: it is not cached.
-        StorageUnavailable: the hub does not answer.
+        StorageUnavailable: the hub does not answer, and the cache knows no commit.
     """
-    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub import HfApi, constants
 
-    with _in_sentences(f"hf://{name}"):
-        if constants.is_offline_mode():
-            return Path(snapshot_download(name, local_files_only=True, allow_patterns=[])).name
-        commit = HfApi().model_info(name, timeout=_RESOLVE_SECONDS).sha
+    shown = f"hf://{name}"
+    if constants.is_offline_mode():
+        with _in_sentences(shown):
+            return _cached_commit(name)
+    try:
+        with _in_sentences(shown):
+            commit = HfApi().model_info(name, timeout=_RESOLVE_SECONDS).sha
+    except StorageUnavailable as error:
+        with suppress(FileNotFoundError):
+            commit = _cached_commit(name)
+            log.warning("%s The newest commit in the local cache is used: %s", error, commit)
+            return commit
+        raise
     if commit is None or not re.fullmatch("[0-9a-f]{40}", commit):
-        raise ModelError(f"The hub does not say which commit hf://{name} is at; name one in spec.model.revision.")
+        raise ModelError(f"The hub does not say which commit {shown} is at; name one in spec.model.revision.")
     return commit
+
+
+def _cached_commit(name: str) -> str:
+    """Raises LocalEntryNotFoundError of huggingface_hub, a FileNotFoundError."""
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name, local_files_only=True, allow_patterns=[])).name
+
+
+def note_branch(name: str, commit: str) -> None:
+    """Note in the cache that the default branch is at a commit that was fetched, for jobs that start without the hub.
+
+    huggingface_hub does so only where a branch is fetched by its name. A cache that cannot be written stays as it is.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = Path(constants.HF_HUB_CACHE).expanduser() / repo_folder_name(repo_id=name, repo_type="model")
+    file = folder / "refs" / constants.DEFAULT_REVISION
+    fresh = folder / f".{constants.DEFAULT_REVISION}-{secrets.token_hex(8)}"
+    try:
+        if file.is_file() and file.read_text(encoding="utf-8") == commit:
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        fresh.write_text(commit, encoding="utf-8")
+        fresh.replace(file)
+    except OSError as error:
+        log.warning("'%s' cannot be written (%s); jobs that start without the hub miss it.", file, error.strerror)
 
 
 def fetch_from_hub(name: str, revision: str, patterns: Iterable[str], never: Iterable[str]) -> Path:

@@ -20,7 +20,7 @@ from finetune_api.errors import ModelError, StorageError
 from finetune_api.spec import Initialization
 from finetune_api.trainer_config import TrainerConfig
 from finetune_storage import ObjectInfo, ObjectStore, file_digest
-from finetune_trainer.hub_files import fetch_from_hub, repository
+from finetune_trainer.hub_files import fetch_from_hub, note_branch, repository
 from finetune_trainer.safetensors_check import check_weights
 
 Progress = Callable[[str, float | None, float | None], None]  # what, bytes on local disk, bytes in all
@@ -68,7 +68,10 @@ def fetch_model(config: TrainerConfig, progress: Progress | None = None) -> Path
     if model.uri.startswith("hf://"):
         commit = config.plan.model_revision
         assert commit is not None, "which commit is decided before anything is fetched"
-        directory = fetch_from_hub(repository(model)[0], commit, patterns, (*_NEVER, *_BELOW))
+        name, pinned = repository(model)
+        directory = fetch_from_hub(name, commit, patterns, (*_NEVER, *_BELOW))
+        if pinned is None:
+            note_branch(name, commit)
     else:
         store = ObjectStore.open_location(model)
         directory = store.local_directory or _download(config, store, patterns, progress or _silent)

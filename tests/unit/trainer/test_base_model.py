@@ -231,16 +231,31 @@ def test_a_hub_that_does_not_answer_is_told_in_a_sentence(tmp_path: Path) -> Non
     )
 
 
-def test_offline_the_commit_is_the_one_that_the_cache_knows(hub: Hub, tmp_path: Path) -> None:
-    output = f"file://{tmp_path}/out"
-    said = Node(tmp_path, hub.endpoint, output, HF_HUB_OFFLINE="1").wait()
+def test_offline_an_empty_cache_is_told_in_a_sentence(hub: Hub, tmp_path: Path) -> None:
+    said = Node(tmp_path, hub.endpoint, f"file://{tmp_path}/out", HF_HUB_OFFLINE="1").wait()
     assert said["message"] == (f"{URI} is not in the local cache and HF_HUB_OFFLINE is set; unset it or fill HF_HOME.")
-    cached = "import huggingface_hub; huggingface_hub.snapshot_download('org/base')"
-    filling = {"HF_HOME": str(tmp_path / "hub-a"), "HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1"}
-    subprocess.run([sys.executable, "-c", cached], env={**os.environ, **filling}, check=True, capture_output=True)
-    known = hub.main
+
+
+@pytest.mark.parametrize("without", ["offline", "unreachable", "broken"])
+def test_without_the_hub_the_commit_is_the_one_that_the_cache_knows(hub: Hub, tmp_path: Path, without: str) -> None:
+    Node(tmp_path, hub.endpoint, f"file://{tmp_path}/first").wait()
     hub.push(_model(2))
-    assert Node(tmp_path, hub.endpoint, output, HF_HUB_OFFLINE="1").wait()["revision"] == known
+    known = Node(tmp_path, hub.endpoint, f"file://{tmp_path}/second").wait()
+    assert known["revision"] == hub.main
+    pinned = next(commit for commit in hub.commits if commit != hub.main)
+    Node(tmp_path, hub.endpoint, f"file://{tmp_path}/third", revision=pinned).wait()
+    hub.push(_model(3))
+    variables = {"HF_HUB_OFFLINE": "1"} if without == "offline" else {}
+    endpoint = "http://127.0.0.1:9" if without == "unreachable" else hub.endpoint
+    hub.trouble = Answer(500) if without == "broken" else None
+    assert Node(tmp_path, endpoint, f"file://{tmp_path}/new", **variables).wait() == known
+
+
+def test_a_node_that_was_told_the_commit_can_start_jobs_without_the_hub(hub: Hub, tmp_path: Path) -> None:
+    known = Node(tmp_path, hub.endpoint, f"file://{tmp_path}/out", "a").wait()
+    Node(tmp_path, hub.endpoint, f"file://{tmp_path}/out", "b").wait()
+    assert hub.questions == 1
+    assert Node(tmp_path, hub.endpoint, f"file://{tmp_path}/new", "b", HF_HUB_OFFLINE="1").wait() == known
 
 
 @pytest.mark.parametrize(
