@@ -73,7 +73,8 @@ def test_data_that_changed_since_the_checkpoint_is_refused_by_name(ground: Groun
     assert ground.failure(refused) == (
         "CheckpointError",
         f"The checkpoint file://{checkpoint}/ was made from other input: train.jsonl of spec.dataset.train[0] has "
-        "changed; restore it, or choose another output.uri or job name to start anew, or delete the checkpoints.",
+        "changed; input must stay as it is while a job runs: put it back as it was (take a new file away) and run the "
+        "job again, or start anew under another name or output.uri.",
     )
     data.write_text(rows)
     done = ground.run([job("restored")], 2)["restored"]

@@ -32,7 +32,8 @@ def check_ranks_agree(told: Sequence[Mapping[str, str]]) -> None:
         if own != told[0]:
             raise DataError(
                 f"Rank {rank} read other input than rank 0: {_listed(told[0], own)}; "
-                "start the job again when nobody writes there any more."
+                "input must stay as it is while a job runs.",
+                hint="Run the job again when nobody writes there any more, or give it a copy that nobody changes.",
             )
 
 
@@ -45,7 +46,8 @@ def check_unchanged(uri: str, then: Mapping[str, str], now: Mapping[str, str]) -
     if then and then != now:
         raise CheckpointError(
             f"The checkpoint {uri} was made from other input: {_listed(then, now)}; "
-            "restore it, or choose another output.uri or job name to start anew, or delete the checkpoints."
+            "input must stay as it is while a job runs: put it back as it was (take a new file away) and run the job "
+            "again, or start anew under another name or output.uri."
         )
 
 
