@@ -99,7 +99,7 @@ class Run:
         restored = self.checkpointer.newest()
         reader = CheckpointReader(restored.directory) if restored else None
         made_from = inputs.made_from(self.plan, self.data)
-        inputs.check_ranks_agree(self.context.gather(made_from))
+        inputs.check_ranks_agree(made_from, self.context.gather)
         if restored and reader:
             uri = self.checkpointer.store.uri(restored.manifest.step)
             inputs.check_unchanged(uri, reader.progress.made_from, made_from)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
 import pytest
 
 from finetune_api.errors import CheckpointError, DataError
@@ -10,22 +14,49 @@ from finetune_trainer.inputs import check_ranks_agree, check_unchanged
 FIRST = {"a.jsonl of spec.dataset.train[0]": "1", "b.jsonl of spec.dataset.train[0]": "2"}
 
 
-def test_ranks_that_read_the_same_agree() -> None:
-    check_ranks_agree([FIRST, dict(FIRST)])
+def ask_on_every_rank(tables: list[dict[str, str]]) -> tuple[list[Exception | None], list[Any]]:
+    """What every rank raises, and what each gathered."""
+    ranks = len(tables)
+    gathered: list[Any] = []
+    meeting, places = threading.Barrier(ranks, timeout=30), [None] * ranks
+
+    def of(rank: int) -> Exception | None:
+        def gather(value: Any) -> list[Any]:
+            places[rank] = value
+            gathered.append(value)
+            meeting.wait()
+            everything = [*places]
+            meeting.wait()
+            return everything
+
+        try:
+            check_ranks_agree(tables[rank], gather)
+        except DataError as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(ranks) as pool:
+        return [*pool.map(of, range(ranks))], gathered
+
+
+def test_ranks_that_read_the_same_agree_without_telling_each_other_every_file() -> None:
+    many = {f"{n}.jsonl": "0" * 64 for n in range(20_000)}
+    told, gathered = ask_on_every_rank([many, dict(reversed(many.items()))])
+    assert told == [None, None]
+    assert [len(value) for value in gathered] == [64, 64]
 
 
 def test_a_file_that_changed_between_two_nodes_is_named_on_every_rank() -> None:
     other = {"b.jsonl of spec.dataset.train[0]": "3", "c.jsonl of spec.dataset.train[0]": "4"}
-    with pytest.raises(DataError) as caught:
-        check_ranks_agree([FIRST, FIRST, other, other])
-    assert str(caught.value) == (
-        "Rank 2 read other input than rank 0: a.jsonl of spec.dataset.train[0] is gone, b.jsonl of "
-        "spec.dataset.train[0] has changed, c.jsonl of spec.dataset.train[0] is new; "
-        "input must stay as it is while a job runs."
-    )
-    assert caught.value.hint == (
-        "Run the job again when nobody writes there any more, or give it a copy that nobody changes."
-    )
+    told, _ = ask_on_every_rank([FIRST, FIRST, other, other])
+    assert {(str(error), getattr(error, "hint", None)) for error in told} == {
+        (
+            "Rank 2 read other input than rank 0: a.jsonl of spec.dataset.train[0] is gone, b.jsonl of "
+            "spec.dataset.train[0] has changed, c.jsonl of spec.dataset.train[0] is new; "
+            "input must stay as it is while a job runs.",
+            "Run the job again when nobody writes there any more, or give it a copy that nobody changes.",
+        )
+    }
 
 
 def test_another_commit_of_the_base_model_is_no_base_for_a_checkpoint() -> None:
