@@ -11,7 +11,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,10 @@ class TrainingState:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> TrainingState:
-        values: dict[str, Any] = dict(data)
+        """Also of a later version: what it added is left out."""
+        values: dict[str, Any] = {known.name: data[known.name] for known in fields(cls) if known.name in data}
         for key, record in _RECORDS.items():
-            values[key] = [record.model_validate(entry) for entry in data[key]]
+            values[key] = [record.model_validate(entry, extra="ignore") for entry in data[key]]
         return cls(**values)
 
 
