@@ -33,11 +33,14 @@ def _frozen(name: str) -> dict[str, Any]:
 
 def _kept_while_running(name: str) -> dict[str, Any]:
     """Pods and their configuration are made once: a change that no pod would hear of is refused."""
-    same = f"has(self.{name}) == has(oldSelf.{name}) && (!has(self.{name}) || self.{name} == oldSelf.{name})"
-    suspended = "has(self.runPolicy) && has(self.runPolicy.suspend) && self.runPolicy.suspend"
+    new, old = f"self.spec.{name}", f"oldSelf.spec.{name}"
+    same = f"has({new}) == has({old}) && (!has({new}) || {new} == {old})"
+    suspended = "has(self.spec.runPolicy) && has(self.spec.runPolicy.suspend) && self.spec.runPolicy.suspend"
+    podless = "!has(self.status) || !has(self.status.state) || self.status.state == 'Invalid'"
     return _rule(
-        f"({same}) || ({suspended})",
+        f"({same}) || ({suspended}) || {podless}",
         f"spec.{name} can change while the job is suspended only; set runPolicy.suspend: true, change it, then resume",
+        ".spec",
     )
 
 
@@ -148,10 +151,10 @@ RULES: dict[str, tuple[dict[str, Any], ...]] = {
             "!self.metadata.name.contains('.')",
             "metadata.name must not contain '.', because pods are named after the job; use '-' instead",
         ),
+        *(_kept_while_running(name) for name in CHANGED_WHILE_SUSPENDED),
     ),
     "spec": (
         *(_frozen(name) for name in (*IMMUTABLE_REQUIRED, *IMMUTABLE_OPTIONAL)),
-        *(_kept_while_running(name) for name in CHANGED_WHILE_SUSPENDED),
         _rule(
             "self.method.type != 'Full' || !has(self.output.format) || self.output.format == 'FullModel'",
             "spec.output.format: method Full trains the model itself; use FullModel or leave it out",

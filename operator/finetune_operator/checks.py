@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from finetune_api.report import Phase, Termination
 from finetune_api.status import StatusArtifacts, StatusAttempt, StatusMetrics
 from finetune_operator.conditions import Say
+from finetune_operator.ends import publisher
 from finetune_operator.failures import Budget, PodCause, Spent, policy, spent
 from finetune_operator.sentences import as_sentence, count, cut, decimal, enumeration
 from finetune_operator.situation import Situation, condition, run_policy
@@ -56,10 +57,11 @@ def completed(at: Situation) -> Judgement | None:
     """Every launcher exited with 0, which they do only after the artifact was read back and verified.
 
     So one pod that said so and ended is enough, should another one be lost before its exit was seen: it would be made
-    again, and wait for launchers that never return. If nobody kept the last word of rank 0 the digest is unknown, and
-    ``ArtifactsPublished`` says so; the job is complete all the same, and its artifact names its own digest.
+    again, and wait for launchers that never return (see ``published``). If nobody kept the last word of rank 0 the
+    digest is unknown, and ``ArtifactsPublished`` says so; the job is complete all the same, and its artifact names its
+    own digest.
     """
-    if at.job is None or not (at.job.complete or _has_published(at)):
+    if at.job is None or not (at.job.complete or _others_are_late(at)):
         return None
     said = _last_word(at)
     artifacts = _artifacts(said) or at.before.artifacts
@@ -76,7 +78,7 @@ def completed(at: Situation) -> Judgement | None:
         "Complete",
         message,
         {
-            "PodsReady": Say(False, "Complete", "all pods have succeeded"),
+            "PodsReady": Say(False, "Complete", f"{'all pods have' if at.job.complete else 'one pod has'} succeeded"),
             "Running": Say(False, "Complete", "training finished"),
             "Suspended": Say(False, "Complete"),
             "ArtifactsPublished": published,
@@ -90,11 +92,26 @@ def completed(at: Situation) -> Judgement | None:
     )
 
 
-def _has_published(at: Situation) -> bool:
-    """Whether a pod ended with a verified artifact so long ago that the others will not follow."""
-    over = (pod for pod in at.newest if pod.phase == "Succeeded" and pod.termination and pod.finished)
-    told = (pod.finished for pod in over if pod.termination and pod.termination.artifact_manifest_sha256)
-    return any((at.now - finished).total_seconds() > OTHERS_FOLLOW_SECONDS for finished in told if finished)
+def _others_are_late(at: Situation) -> bool:
+    """Whether the pod that published ended so long ago that the others will not follow."""
+    first = publisher(at.newest)
+    if first is None or first.finished is None:
+        return False
+    return (at.now - first.finished).total_seconds() > OTHERS_FOLLOW_SECONDS
+
+
+def published(at: Situation) -> Judgement | None:
+    """The artifact is verified, and the other pods are about to end: nothing that they meet now is a failure."""
+    if publisher(at.newest) is None:
+        return None
+    message = "the artifact is published and verified; the other pods are about to end"
+    return Judgement(
+        "Publishing",
+        message,
+        {"Running": Say(True, "Publishing", message), "Reconciling": Say(True, "Publishing", message)},
+        look_again_seconds=STOPPING_LOOK_SECONDS,
+        at_once=True,
+    )
 
 
 def _last_word(at: Situation) -> Termination | None:
@@ -358,6 +375,7 @@ def _pending_seconds(at: Situation) -> float:
 
 CHECKS: tuple[Check, ...] = (
     completed,
+    published,
     failed_by_its_input,
     failed_for_good,
     failed_by_the_job,

@@ -91,6 +91,8 @@ def derive_refused(observed: Observed, sentence: str) -> Verdict:
     before = status_before(observed.resource)
     message = cut(sentence)
     state = "Restarting" if before.attempts else "Pending"
+    if before.state == "Suspended" and run_policy(observed.resource).get("suspend"):
+        state = "Suspended"
     said = {
         "Accepted": Say(True, "Accepted", "the spec is valid"),
         "PodsReady": Say(False, "ChildRefused", message),
@@ -238,4 +240,4 @@ def _plan(at: Situation) -> StatusPlan | None:
     planned, known = status_plan(at.plan), at.before.plan
     if known is None or known.total_steps is None:
         return planned
-    return known if known.world_size == planned.world_size else planned
+    return known.model_copy(update={"nodes": planned.nodes}) if known.world_size == planned.world_size else planned

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -111,6 +111,12 @@ def _was_stopping(observed: Observed, pod: PodView | None) -> bool:
 def is_lost(pod: PodView, now: datetime) -> bool:
     """Whether a pod's node will not confirm its end: the grace period is long over."""
     return pod.deleted is not None and not pod.ended and (now - pod.deleted).total_seconds() > FORCE_AFTER_SECONDS
+
+
+def publisher(pods: Iterable[PodView]) -> PodView | None:
+    """The pod that ended after the artifact was read back and verified: what others do then ends no attempt."""
+    over = (pod for pod in pods if pod.phase == "Succeeded" and pod.termination and pod.finished)
+    return next((pod for pod in over if pod.termination and pod.termination.artifact_manifest_sha256), None)
 
 
 def ends(observed: Observed) -> list[End]:

@@ -15,7 +15,7 @@ from datetime import datetime
 from finetune_api.exits import ExitClass
 from finetune_api.report import Phase
 from finetune_api.status import FineTuneJobStatus, StatusAttempt, StatusRestarts
-from finetune_operator.ends import End, ends, gone, leaving, short_uid, stopping
+from finetune_operator.ends import End, ends, gone, leaving, publisher, short_uid, stopping
 from finetune_operator.failures import ECHO, PodCause, policy
 from finetune_operator.observe import Observed, PodView, parse_time
 from finetune_operator.progress_view import STEPPING
@@ -45,10 +45,13 @@ class Ledger:
 def fold(before: FineTuneJobStatus, observed: Observed, newest: Sequence[PodView]) -> Ledger:
     """The ledger after this look. ``newest``: the newest pod of every index (empty if pods were not looked at)."""
     book = _Book(before)
+    first = publisher(newest)
     for end in ends(observed):
-        book.note(end)
-    book.note_missing(observed)
-    book.open(observed, newest)
+        if first is None or first.finished is None or end.ended_at < first.finished:
+            book.note(end)
+    if first is None or book.last is None:
+        book.note_missing(observed)
+        book.open(observed, newest)
     book.finish(observed, newest)
     return book.closed()
 
@@ -235,8 +238,9 @@ class _Book:
         job, last = observed.job, self.last
         if job is None or last is None or last.ended_at is not None:
             return
-        if job.complete:
-            first = next((pod for pod in newest if pod.index == 0 and pod.phase == "Succeeded"), None)
+        first = publisher(newest)
+        if job.complete or first is not None:
+            first = first or next((pod for pod in newest if pod.index == 0 and pod.phase == "Succeeded"), None)
             said = first.termination if first else None
             step = said.step if said else self.step
             ended_at = (first.finished if first else None) or observed.now

@@ -14,7 +14,7 @@ from finetune_api.report import Progress, Termination
 from finetune_operator.logs import log_of
 from finetune_operator.sentences import as_sentence, cut
 
-PODS_DIGEST = "finetune.dev/pods-digest"  # annotation of the Job
+PODS_DIGEST, PODS_GENERATION = "finetune.dev/pods-digest", "finetune.dev/pods-generation"  # annotations of the Job
 JOB_LABEL = "finetune.dev/job"
 INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
 TRAINER = "trainer"  # name of the training container
@@ -50,6 +50,7 @@ class JobView:
     deleting: bool = False
     owner: str = ""  # uid of the FineTuneJob that it belongs to
     pods_digest: str | None = None  # of the blocks of the spec that its pods were made from
+    pods_generation: int = 0  # of that spec
     held: bool = False  # as done: the Job controller has suspended it, and has not resumed it yet
     resumed: datetime | None = None  # when the Job controller last did
 
@@ -134,6 +135,7 @@ def job_view(job: Object) -> JobView:
         deleting="deletionTimestamp" in metadata,
         owner=controller_of(metadata),
         pods_digest=metadata.get("annotations", {}).get(PODS_DIGEST),
+        pods_generation=int(metadata.get("annotations", {}).get(PODS_GENERATION, 0)),
         held=suspension.get("status") == "True",
         resumed=parse_time(suspension.get("lastTransitionTime")) if suspension.get("status") == "False" else None,
     )

@@ -112,14 +112,16 @@ class Reconciler:
             await self._obey(key, entry, verdict)
             look_again = seconds_until_next_look(verdict.status.state, verdict.look_again_seconds, self.store.traffic)
             job = self.store.job_of(key)
+            if job is not None and is_to_be_made_anew(entry.resource, job):
+                look_again = 0.0
         return await self._settle(key, entry) if is_settled(entry.resource, job) else look_again
 
     async def _judge(self, key: Key, entry: Entry, observed: Observed) -> Verdict:
         """Parse and plan (once per generation), make sure of the children, derive the status."""
         if has_ended(entry.resource):
             return derive_ended(observed)
-        observed = await self._drop_outdated(key, entry, observed)
         try:
+            observed = await self._drop_outdated(key, entry, observed)
             if entry.planned is None or observed.job is None:  # whatever is made now follows the rules of now
                 entry.planned = plan_of(entry.resource, self.settings, is_new=observed.job is None)
             observed = await self._ensure_children(key, entry, entry.planned, observed)
@@ -131,16 +133,18 @@ class Reconciler:
         return derive(observed, entry.planned[1], self.settings)
 
     async def _drop_outdated(self, key: Key, entry: Entry, observed: Observed) -> Observed:
-        """A Job whose pods were made from blocks that have changed since is made anew, once none of its pods is left.
+        """A Job whose pods were made from blocks that have changed since is made anew, once the job says Suspended.
+
+        No pod is left then, and what the last ones said stands in the status.
 
         The API server lets those blocks change while the job is suspended only (CEL); if a resume has followed before
-        we looked, the pods are stopped first.
+        we looked, the pods are stopped first. Raises SpecError before anything is deleted.
         """
         job = observed.job
-        if job is None or job.deleting or not is_outdated(entry.resource, job):
+        if job is None or not is_to_be_made_anew(entry.resource, job):
             return observed
-        if not job.suspended or job.active or job.terminating or any(not pod.ended for pod in observed.pods or ()):
-            return observed
+        entry.planned = plan_of(entry.resource, self.settings, is_new=True)
+        build_children(entry.resource, *entry.planned, self.settings)
         log_of(entry.resource).info("making the Job %s anew: its spec has changed while it was suspended", job.name)
         await self.kube.delete(JOBS, key[0], job.name, job.uid)
         self.store.forget_job_of(key, job.uid)
@@ -273,8 +277,20 @@ def plan_of(resource: Mapping[str, Any], settings: OperatorSettings, is_new: boo
 
 
 def is_outdated(resource: Mapping[str, Any], job: JobView) -> bool:
-    """Whether the pods of the Job were made from other blocks of the spec than it has now."""
-    return job.pods_digest is not None and job.pods_digest != pods_digest(resource["spec"])
+    """Whether somebody has changed the blocks of the spec since the pods of the Job were made from them.
+
+    The generation tells that it was somebody: what an older CRD no longer shows was changed by nobody.
+    """
+    if job.pods_digest is None or resource["metadata"].get("generation", 0) <= job.pods_generation:
+        return False
+    return job.pods_digest != pods_digest(resource["spec"])
+
+
+def is_to_be_made_anew(resource: Mapping[str, Any], job: JobView) -> bool:
+    """Whether the Job is outdated and has nothing left to say."""
+    if not is_outdated(resource, job) or job.deleting or job.complete or job.failure or not job.suspended:
+        return False
+    return resource.get("status", {}).get("state") == "Suspended" and not job.active and not job.terminating
 
 
 def pods_begin_anew(resource: Mapping[str, Any], job: JobView) -> str | None:

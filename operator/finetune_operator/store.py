@@ -23,6 +23,7 @@ _UNUSED_METADATA = ("managedFields",)
 _STARTING = {None, "", "Pending", "Starting"}
 _RUSH_SECONDS, _RUSH_STARTS = 10.0, 20
 _GONE_SECONDS = 900.0  # no listing takes so long
+_FOR_GOOD = str(2**63)  # beyond every resourceVersion
 _KEPT_WHEN_SETTLED = ("namespace", "name", "uid", "generation", "resourceVersion")
 
 
@@ -60,7 +61,7 @@ class Store:
         self._live: set[Key] = set()  # not settled
         self._starting: set[Key] = set()  # of those, what has not run yet
         self._started: deque[float] = deque(maxlen=_RUSH_STARTS)  # time.monotonic() of the last jobs that came to run
-        self._gone: dict[str, float] = {}  # uids of what was deleted lately, oldest first: a listing may still show it
+        self._gone: dict[str, tuple[float, int]] = {}  # by uid, oldest first: what a listing may still show as it was
 
     def get(self, key: Key) -> Entry | None:
         return self._entries.get(key)
@@ -88,11 +89,11 @@ class Store:
     def saw_resource(self, resource: Object) -> bool:
         """Remember a FineTuneJob; whether this is news (our own writes come back by the watch)."""
         key, entry = key_of(resource), self._entries.get(key_of(resource))
-        if resource["metadata"]["uid"] in self._gone:
+        if self._is_ghost(resource):
             return False
         if entry is None or entry.resource["metadata"]["uid"] != resource["metadata"]["uid"]:
             if entry is not None:  # made anew under its name
-                self._bury(entry.resource["metadata"]["uid"])
+                self._bury(entry.resource["metadata"]["uid"], entry.resource["metadata"]["resourceVersion"])
             self._entries[key] = Entry(_slim(resource))
             self._count(key, resource)
             return True
@@ -124,15 +125,24 @@ class Store:
         return True
 
     def _forget(self, key: Key) -> None:
-        self._bury(self._entries.pop(key).resource["metadata"]["uid"])
+        metadata = self._entries.pop(key).resource["metadata"]
+        self._bury(metadata["uid"], metadata["resourceVersion"])
         self._discount(key)
 
-    def _bury(self, uid: str) -> None:
-        """Remember for a while that this object is gone: a listing that was on its way must not bring it back."""
+    def _bury(self, uid: str, version: str) -> None:
+        """Remember for a while that this object is gone: a listing that was on its way must not bring it back.
+
+        A watch also says so of an object that has lost our label. If it gets the label again, it is newer than that.
+        """
         now = time.monotonic()
-        while self._gone and now - (oldest := next(iter(self._gone.items())))[1] > _GONE_SECONDS:
+        while self._gone and now - (oldest := next(iter(self._gone.items())))[1][0] > _GONE_SECONDS:
             del self._gone[oldest[0]]
-        self._gone[uid] = now
+        self._gone[uid] = (now, int(version))
+
+    def _is_ghost(self, item: Object) -> bool:
+        metadata = item["metadata"]
+        buried = self._gone.get(metadata["uid"])
+        return buried is not None and int(metadata["resourceVersion"]) <= buried[1]
 
     def _count(self, key: Key, resource: Object) -> None:
         self._live.add(key)
@@ -149,7 +159,7 @@ class Store:
     def saw_job(self, job: Object) -> Key | None:
         """Remember a Job of ours; the FineTuneJob that it belongs to, if a decision may depend on what is new."""
         key = _owner_key(job)
-        if key is None or job["metadata"]["uid"] in self._gone:
+        if key is None or self._is_ghost(job):
             return None
         version = job["metadata"]["resourceVersion"]
         known = self._jobs.get(key)
@@ -162,15 +172,17 @@ class Store:
     def forget_job(self, job: Object) -> Key | None:
         """Forget a deleted Job of ours; its FineTuneJob, unless a newer Job has taken the name."""
         key = _owner_key(job)
-        return key if key is not None and self.forget_job_of(key, job["metadata"]["uid"]) else None
+        metadata = job["metadata"]
+        found = key is not None and self.forget_job_of(key, metadata["uid"], metadata["resourceVersion"])
+        return key if found else None
 
-    def forget_job_of(self, key: Key, uid: str) -> bool:
-        """Forget the Job with this uid; false if it was not known."""
+    def forget_job_of(self, key: Key, uid: str, version: str = _FOR_GOOD) -> bool:
+        """Forget the Job with this uid, whatever is still said of it up to ``version``; false if it was not known."""
         known = self._jobs.get(key)
         if known is None or known[1].uid != uid:
             return False
         del self._jobs[key]
-        self._bury(uid)
+        self._bury(uid, str(max(int(version), int(known[0]))))
         return True
 
     def uids(self, namespace: str | None = None) -> frozenset[str]:
@@ -187,7 +199,8 @@ class Store:
         for key in gone:
             self._forget(key)
         for key in orphaned:
-            self._bury(self._jobs.pop(key)[1].uid)
+            version, view = self._jobs.pop(key)
+            self._bury(view.uid, version)
         return gone | orphaned
 
 

@@ -68,12 +68,15 @@ _TROUBLE = {
 }
 
 
+_NO_RESTART = {"Suspended", "Completed"}
+
+
 def _restarting(change: Change) -> Iterator[Event]:
     if change.after.state in {"Complete", "Failed", "Suspending", "Suspended"}:
         return
     told = {attempt.number for attempt in change.before.attempts if attempt.ended_at is not None}
     for attempt in change.after.attempts:
-        if attempt.ended_at is not None and attempt.number not in told and attempt.cause != "Suspended":
+        if attempt.ended_at is not None and attempt.number not in told and attempt.cause not in _NO_RESTART:
             why = attempt.message or policy(attempt.cause or "").words
             at = f" at step {attempt.last_step}" if attempt.last_step is not None else ""
             yield Event("Restarting", f"attempt {attempt.number} ended{at} ({attempt.cause}): {why}", EventType.WARNING)

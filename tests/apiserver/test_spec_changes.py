@@ -81,6 +81,22 @@ def test_what_changes_while_a_job_is_suspended_reaches_the_pods_that_resume_it(t
     assert there.kube.get("Job", JOB)["metadata"]["uid"] == made["metadata"]["uid"]
 
 
+def test_a_change_together_with_the_suspension_waits_for_the_last_words_of_the_pods(there: Stage) -> None:
+    life = _trains(there)
+    there.kubelet.removes = False  # pods that have ended stay until they were heard
+    _suspend(there.kube, True, **CHANGES)
+    life.until("the last words", lambda status: status.attempts[0].last_step == 6)
+    there.kubelet.removes = True
+    there.kube.wait(lambda: _what_pods_get(there) == CHANGES, "the Job is made anew", 60)
+    attempt = life.status.attempts[0]
+    assert (attempt.cause, attempt.last_step) == ("Suspended", 6)
+    life.until_state("Suspended")
+    _suspend(there.kube, False)
+    life.until_pods_run()
+    life.train("gang-2", 8, resumed=6)
+    life.complete("gang-2")
+
+
 def test_pods_of_before_are_stopped_though_the_resume_came_before_anybody_looked(there: Stage) -> None:
     life = _trains(there)
     assert there.operator.stop() == 0
@@ -98,6 +114,7 @@ def test_pods_of_before_are_stopped_though_the_resume_came_before_anybody_looked
 def test_a_change_that_no_pod_would_hear_of_is_refused_in_a_sentence(kube: Kube, block: str) -> None:
     path, kind = kube.path("FineTuneJob", "support-bot"), "application/merge-patch+json"
     kube.create(manifest())
+    kube.patch("FineTuneJob", "support-bot", {"status": {"state": "Running"}}, subresource="status")
     answer = kube.call("PATCH", path, {"spec": {block: CHANGES[block]}}, content_type=kind)
     assert answer.code == 422
     words = (
@@ -107,6 +124,15 @@ def test_a_change_that_no_pod_would_hear_of_is_refused_in_a_sentence(kube: Kube,
     assert len(answer.body["details"]["causes"]) == 1
     change = {"runPolicy": {"suspend": True}, block: CHANGES[block]}
     assert kube.call("PATCH", path, {"spec": change}, content_type=kind).code == 200
+
+
+@pytest.mark.parametrize("state", [None, "Invalid"])
+def test_a_job_that_has_no_pods_may_be_mended_at_once(kube: Kube, state: str | None) -> None:
+    kube.create(manifest())
+    if state:
+        kube.patch("FineTuneJob", "support-bot", {"status": {"state": state}}, subresource="status")
+    for block, change in CHANGES.items():
+        kube.patch("FineTuneJob", "support-bot", {"spec": {block: change}})
 
 
 def test_a_job_that_a_later_version_started_is_looked_after_by_this_one_which_cannot_read_it(tmp_path: Path) -> None:

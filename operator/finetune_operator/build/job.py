@@ -13,7 +13,7 @@ from finetune_operator.build.inputs import Inputs
 from finetune_operator.build.labels import child_metadata, child_name
 from finetune_operator.build.pod import build_pod_template
 from finetune_operator.build.scheduling import scheduler_for
-from finetune_operator.observe import PODS_DIGEST, TRAINER
+from finetune_operator.observe import PODS_DIGEST, PODS_GENERATION, TRAINER
 
 # Kubernetes counts pods and knows no causes, so it never gives up: the operator does, by cause. The limit is per index
 # because the pause before a replacement then doubles with the failures of that index, not of the whole gang.
@@ -24,7 +24,10 @@ def build_job(inputs: Inputs, config_map_name: str) -> dict[str, Any]:
     """The Job. Fields that are absent here are the API server's to set."""
     scheduler = scheduler_for(inputs)
     metadata = child_metadata(inputs, child_name(inputs))
-    metadata["annotations"] = {PODS_DIGEST: pods_digest(inputs.resource["spec"])}
+    metadata["annotations"] = {
+        PODS_DIGEST: pods_digest(inputs.resource["spec"]),
+        PODS_GENERATION: str(inputs.resource["metadata"].get("generation", 0)),
+    }
     for field, entries in scheduler.job_metadata(inputs).items():
         if entries:
             metadata[field] = {**entries, **metadata.get(field, {})}

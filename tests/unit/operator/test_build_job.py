@@ -9,7 +9,7 @@ from tests.unit.operator.build_shapes import SHAPES, children, smallest
 
 from finetune_api.exits import Cause, ExitClass
 from finetune_operator.build import Children, pods_digest
-from finetune_operator.observe import PODS_DIGEST
+from finetune_operator.observe import PODS_DIGEST, PODS_GENERATION
 
 
 def test_a_job_has_one_indexed_pod_per_node_and_never_gives_up_by_itself() -> None:
@@ -65,7 +65,7 @@ def test_only_our_labels_and_annotations_reach_the_job() -> None:
         "finetune.dev/job": "job",
         "finetune.dev/team": "a",
     }
-    assert metadata["annotations"].keys() == {"finetune.dev/note", PODS_DIGEST}
+    assert metadata["annotations"].keys() == {"finetune.dev/note", PODS_DIGEST, PODS_GENERATION}
     assert metadata["annotations"]["finetune.dev/note"] == "x"
     assert "annotations" not in built.config_map["metadata"]
 

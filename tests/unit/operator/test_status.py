@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from tests.unit.operator.job_life import (
@@ -26,7 +27,7 @@ from finetune_api.errors import Problem
 from finetune_api.exits import ExitClass
 from finetune_api.report import Phase, Termination
 from finetune_operator.derive import derive, derive_invalid, dump, is_settled, seconds_to_live, wants_pods
-from finetune_operator.observe import Observed
+from finetune_operator.observe import Observed, PodView
 from finetune_operator.verdict import DeletePod, DeleteResource, StopJob
 
 
@@ -519,16 +520,33 @@ def test_what_was_started_is_not_settled_though_its_status_says_invalid() -> Non
     assert not is_settled(life.resource, job())
 
 
-def test_a_verified_artifact_is_the_end_though_another_pod_was_lost_before_its_exit_was_seen() -> None:
-    life = Life()
+def _first_published() -> PodView:
+    return replace(dead(pod(0), 60, 0, published()), phase="Succeeded")
+
+
+@pytest.mark.parametrize(
+    ("fate", "policy"),
+    [
+        (dead(pod(1), 61, 137), {"maxRestarts": 0}),
+        (dead(pod(1), 61, 137, killed_for_memory=True, memory_limit="8Gi"), {}),
+        (pod(1, ready=False), {}),
+    ],
+    ids=["killed without a budget", "out of memory", "on a node that does not answer"],
+)
+def test_a_verified_artifact_is_the_end_whatever_happens_to_another_pod_afterwards(
+    fate: PodView, policy: dict[str, Any]
+) -> None:
+    life = Life(spec={"runPolicy": policy})
     life.run()
-    first = replace(dead(pod(0), 60, 0, published()), phase="Succeeded")
-    anew = pod(1, "b", created=at(70), started=at(71))
-    life.look(90, job(succeeded=1, failed=1, active=1, ready=1), [first, dead(pod(1), 61, 137), anew])
-    assert life.status["state"] == "Restarting", "the others may still end by themselves"
-    life.look(121, job(succeeded=1, failed=1, active=1, ready=1), [first, dead(pod(1), 61, 137), anew])
+    known = job(succeeded=1, failed=int(fate.ended), active=1, ready=0)
+    life.look(63, known, [_first_published(), fate])
+    assert (life.status["state"], life.attempts("cause")) == ("Publishing", [("Completed",)])
+    life.look(121, known, [_first_published(), fate])
     assert (life.status["state"], life.status["message"]) == ("Complete", f"completed: 3 files at {URI}")
     assert life.condition("ArtifactsPublished")[:2] == ("True", "Verified")
+    assert life.condition("PodsReady")[2] == "one pod has succeeded"
+    assert (life.attempts("number", "cause"), "restarts" in life.status) == ([(1, "Completed")], True)
+    assert not [line for line in life.told if line.startswith("Restarting")]
 
 
 def test_a_status_of_another_version_is_read_as_far_as_it_goes() -> None:

@@ -171,3 +171,15 @@ def test_one_namespace_is_compared_with_what_is_known_of_it() -> None:
     other["metadata"]["namespace"] = "other"
     store.saw_resource(other)
     assert (store.uids("team"), store.uids()) == ({"u1"}, {"u1", "u2"})
+
+
+def test_a_job_that_lost_our_label_and_got_it_back_is_seen_again() -> None:
+    store = Store()
+    store.saw_resource(_resource(5))
+    store.saw_job(_job(6))
+    assert store.forget_job(_job(8)) == KEY, "to a watch by label it was deleted"
+    assert store.saw_job(_job(8)) is None
+    assert store.saw_job(_job(9)) == KEY
+    assert store.job_of(KEY) is not None
+    assert store.forget_job_of(KEY, "j1"), "what we delete ourselves is gone for good"
+    assert store.saw_job(_job(12)) is None
