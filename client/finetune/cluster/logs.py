@@ -116,7 +116,7 @@ def print_logs(cluster: Cluster, name: str, rank: int, reader: Reader) -> None:
     while True:
         pod, position = _next_pod(cluster, job, index, done), None
         if pod is not None and pod.ended and not pod.started:
-            reader.say(f"pod {pod.name} ended before its container started" + (f": {pod.reason}" if pod.reason else ""))
+            reader.say(_without_output(pod))
             done.add(pod.uid)
             continue
         if pod is not None and pod.started:
@@ -137,7 +137,7 @@ def print_logs(cluster: Cluster, name: str, rank: int, reader: Reader) -> None:
                 done.add(pod.uid)
             continue
         if fresh.ended is not None:
-            return reader.say(_ended(fresh, bool(seen)))
+            return reader.say(_ended(fresh, bool(seen or done)))
         if (words := _waiting(fresh, pod)) != waited_for:
             reader.say(words)
             waited_for = words
@@ -145,14 +145,22 @@ def print_logs(cluster: Cluster, name: str, rank: int, reader: Reader) -> None:
 
 
 def _print_now(cluster: Cluster, job: Job, rank: int, reader: Reader) -> None:
-    pods = [pod for pod in trainer_pods(cluster.pods(job), node_of_rank(job, rank)) if pod.started]
-    if not pods:
-        gone = "; its pods are gone and their output with them" if job.ended else ""
-        raise ClusterError(f"the FineTuneJob '{job.name}' has no output; it is {job.state}{gone}", job.message)
+    pods = trainer_pods(cluster.pods(job), node_of_rank(job, rank))
+    several = sum(pod.started for pod in pods) > 1
     for pod in pods:
-        if len(pods) > 1:
-            reader.say(_title(pod))
-        _read_pod(cluster, pod, rank, Position(), reader)
+        if pod.started:
+            if several:
+                reader.say(_title(pod))
+            _read_pod(cluster, pod, rank, Position(), reader)
+        elif pod.ended:
+            reader.say(_without_output(pod))
+    if not any(pod.started for pod in pods):
+        gone = "; its pods are gone and their output with them" if job.ended and not pods else ""
+        raise ClusterError(f"the FineTuneJob '{job.name}' has no output; it is {job.state}{gone}", job.message)
+
+
+def _without_output(pod: TrainerPod) -> str:
+    return f"pod {pod.name} ended before its container started" + (f": {pod.reason}" if pod.reason else "")
 
 
 def _title(pod: TrainerPod) -> str:
