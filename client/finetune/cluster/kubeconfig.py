@@ -108,9 +108,11 @@ def _refresh_aloud(settings: Any, context: str, plugin: Any) -> None:
         return
 
     def aloud(current: Any) -> None:
-        with _credentials(current, context, plugin):
-            refresh(current)
-        current.refresh_api_key_hook = aloud  # the library has put its own there again
+        try:
+            with _credentials(current, context, plugin):
+                refresh(current)
+        finally:
+            current.refresh_api_key_hook = aloud  # the library has put its own there again
 
     settings.refresh_api_key_hook = aloud
 
