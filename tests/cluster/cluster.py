@@ -238,8 +238,12 @@ def shared_cluster() -> Iterator[LocalCluster]:
 def _started() -> Layout:
     before = machine_state()
     images.build()  # before the nodes: they share the golden store instead of getting gigabytes each
-    layout = cluster.up(2)
-    mark_as_ours(layout, before)
+    _starting().touch()  # below the layout's state it would not survive the start
+    try:
+        layout = cluster.up(2)
+        mark_as_ours(layout, before)
+    finally:
+        _starting().unlink()
     return layout
 
 
@@ -257,12 +261,15 @@ def running_layout() -> Layout | None:
 def remove_remains() -> None:
     """Take down what a test run that was killed has left; only for who holds the sessions' lock exclusively.
 
-    A cluster that a person started stays.
+    A cluster that a person started stays, also one whose etcd died: then nothing can run beside it.
     """
     layout = running_layout()
-    ours = Layout.of(0) if layout is None else layout
-    if _mark(ours).exists() or (layout is None and ours.state.exists()):
+    known = Layout.of(0) if layout is None else layout
+    if _mark(known).exists() or (layout is None and _starting().exists()):
         cluster.down()
+    elif layout is None and known.state.exists():
+        cannot_run("cluster", f"a cluster in {known.state} is not whole; take it down with `make cluster-down`")
+    _starting().unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -297,6 +304,11 @@ def _lock_file(name: str) -> IO[str]:
 
 def _mark(layout: Layout) -> Path:
     return layout.state / "started-by-tests"
+
+
+def _starting() -> Path:
+    """Exists while tests start a cluster, and after a start that was killed."""
+    return tools_cache() / "cluster-test-starting"
 
 
 def require_machine() -> None:
