@@ -104,14 +104,7 @@ def published(at: Situation) -> Judgement | None:
     """The artifact is verified, and the other pods are about to end: nothing that they meet now is a failure."""
     if publisher(at.newest) is None:
         return None
-    message = "the artifact is published and verified; the other pods are about to end"
-    return Judgement(
-        "Publishing",
-        message,
-        {"Running": Say(True, "Publishing", message), "Reconciling": Say(True, "Publishing", message)},
-        look_again_seconds=STOPPING_LOOK_SECONDS,
-        at_once=True,
-    )
+    return _unchanged(at, STOPPING_LOOK_SECONDS)
 
 
 def _last_word(at: Situation) -> Termination | None:
@@ -282,10 +275,10 @@ def restarting(at: Situation) -> Judgement | None:
     )
 
 
-def _unchanged(at: Situation) -> Judgement:
-    """Nothing was looked at, so nothing new is said."""
+def _unchanged(at: Situation, look_again_seconds: float = RESTARTING_LOOK_SECONDS) -> Judgement:
+    """Nothing new is said."""
     before = at.before
-    return Judgement(before.state or "", before.message or "", {}, look_again_seconds=RESTARTING_LOOK_SECONDS)
+    return Judgement(before.state or "", before.message or "", {}, look_again_seconds=look_again_seconds)
 
 
 def publishing(at: Situation) -> Judgement | None:

@@ -540,7 +540,7 @@ def test_a_verified_artifact_is_the_end_whatever_happens_to_another_pod_afterwar
     life.run()
     known = job(succeeded=1, failed=int(fate.ended), active=1, ready=0)
     life.look(63, known, [_first_published(), fate])
-    assert (life.status["state"], life.attempts("cause")) == ("Publishing", [("Completed",)])
+    assert (life.status["state"], life.attempts("cause")) == ("Running", [("Completed",)])
     life.look(121, known, [_first_published(), fate])
     assert (life.status["state"], life.status["message"]) == ("Complete", f"completed: 3 files at {URI}")
     assert life.condition("ArtifactsPublished")[:2] == ("True", "Verified")
