@@ -106,9 +106,9 @@ class Reconciler:
             try:
                 verdict = await self._judge(key, entry, observed)
             except ChildRefused as refused:
-                await self._write(entry, derive_refused(observed, refused.sentence))
+                await self._write(observed.resource, derive_refused(observed, refused.sentence))
                 raise
-            await self._write(entry, verdict)
+            await self._write(observed.resource, verdict)
             await self._obey(key, entry, verdict)
             look_again = seconds_until_next_look(verdict.status.state, verdict.look_again_seconds, self.store.traffic)
             job = self.store.job_of(key)
@@ -117,22 +117,28 @@ class Reconciler:
         return await self._settle(key, entry) if is_settled(entry.resource, job) else look_again
 
     async def _judge(self, key: Key, entry: Entry, observed: Observed) -> Verdict:
-        """Parse and plan (once per generation), make sure of the children, derive the status."""
-        if has_ended(entry.resource):
+        """Parse and plan (once per generation), make sure of the children, derive the status.
+
+        All from what was gathered: news that come meanwhile belong to the next look, and make this one's status a 409.
+        """
+        if has_ended(observed.resource):
             return derive_ended(observed)
         try:
-            observed = await self._drop_outdated(key, entry, observed)
-            if entry.planned is None or observed.job is None:  # whatever is made now follows the rules of now
-                entry.planned = plan_of(entry.resource, self.settings, is_new=observed.job is None)
-            observed = await self._ensure_children(key, entry, entry.planned, observed)
+            observed = await self._drop_outdated(key, observed)
+            planned = entry.planned
+            if planned is None or observed.job is None:  # whatever is made now follows the rules of now
+                planned = plan_of(observed.resource, self.settings, is_new=observed.job is None)
+            if entry.resource is observed.resource:
+                entry.planned = planned
+            observed = await self._ensure_children(key, entry, planned, observed)
         except SpecError as error:
             if observed.job is None:
                 return derive_invalid(observed, error.problems)
-            observed = await self._follow_run_policy(key, entry.resource, observed.job, observed)
+            observed = await self._follow_run_policy(key, observed.job, observed)
             return derive(observed, None, self.settings, error.problems)
-        return derive(observed, entry.planned[1], self.settings)
+        return derive(observed, planned[1], self.settings)
 
-    async def _drop_outdated(self, key: Key, entry: Entry, observed: Observed) -> Observed:
+    async def _drop_outdated(self, key: Key, observed: Observed) -> Observed:
         """A Job whose pods were made from blocks that have changed since is made anew, once the job says Suspended.
 
         No pod is left then, and what the last ones said stands in the status.
@@ -141,11 +147,11 @@ class Reconciler:
         we looked, the pods are stopped first. Raises SpecError before anything is deleted.
         """
         job = observed.job
-        if job is None or not is_to_be_made_anew(entry.resource, job):
+        if job is None or not is_to_be_made_anew(observed.resource, job):
             return observed
-        entry.planned = plan_of(entry.resource, self.settings, is_new=True)
-        build_children(entry.resource, *entry.planned, self.settings)
-        log_of(entry.resource).info("making the Job %s anew: its spec has changed while it was suspended", job.name)
+        planned = plan_of(observed.resource, self.settings, is_new=True)
+        build_children(observed.resource, *planned, self.settings)
+        log_of(observed.resource).info("making the Job %s anew: its spec has changed while it was suspended", job.name)
         await self.kube.delete(JOBS, key[0], job.name, job.uid)
         self.store.forget_job_of(key, job.uid)
         return _with_job(observed, None)
@@ -157,22 +163,20 @@ class Reconciler:
         spec, plan = planned
         job = observed.job
         if job is None:
-            children = build_children(entry.resource, spec, plan, self.settings)
+            children = build_children(observed.resource, spec, plan, self.settings)
             for manifest in children.manifests:
                 made = await self._make(manifest, observed)
             self.store.saw_job(made)
             return _with_job(observed, self.store.job_of(key))
         if job.deleting:
             return observed
-        await self._make_again(entry, planned, job)
-        return await self._follow_run_policy(key, entry.resource, job, observed)
+        await self._make_again(entry, observed.resource, planned, job)
+        return await self._follow_run_policy(key, job, observed)
 
-    async def _follow_run_policy(
-        self, key: Key, resource: Mapping[str, Any], job: JobView, observed: Observed
-    ) -> Observed:
+    async def _follow_run_policy(self, key: Key, job: JobView, observed: Observed) -> Observed:
         """Of a Job that exists only this changes."""
-        asked = run_policy(resource)
-        suspend = bool(asked.get("suspend")) or is_outdated(resource, job)
+        asked = run_policy(observed.resource)
+        suspend = bool(asked.get("suspend")) or is_outdated(observed.resource, job)
         wanted = {"suspend": suspend, "activeDeadlineSeconds": asked.get("activeDeadlineSeconds")}
         current = (job.suspended, job.active_deadline_seconds)
         if current == tuple(wanted.values()) or job.deleting or job.complete or job.failure:
@@ -190,16 +194,18 @@ class Reconciler:
             what = f"{manifest['kind']} {manifest['metadata']['name']}"
             raise ChildRefused(error, f"the API server refuses the {what}: {as_sentence(str(error))}") from error
 
-    async def _make_again(self, entry: Entry, planned: tuple[FineTuneJobSpec, Plan], job: JobView) -> None:
+    async def _make_again(
+        self, entry: Entry, resource: Mapping[str, Any], planned: tuple[FineTuneJobSpec, Plan], job: JobView
+    ) -> None:
         """Before pods start anew: the ConfigMap and the Service that they need, should somebody have deleted them."""
-        beginning = pods_begin_anew(entry.resource, job)
+        beginning = pods_begin_anew(resource, job)
         if beginning is None or beginning == entry.made_for:
             return
-        children = build_children(entry.resource, *planned, self.settings, config_map_name=job.config_map)
+        children = build_children(resource, *planned, self.settings, config_map_name=job.config_map)
         for kind, manifest in ((CONFIG_MAPS, children.config_map), (SERVICES, children.service)):
             try:
                 await self.kube.create(kind, manifest)
-                log_of(entry.resource).warning("made %s %s again", manifest["kind"], manifest["metadata"]["name"])
+                log_of(resource).warning("made %s %s again", manifest["kind"], manifest["metadata"]["name"])
             except ApiError as error:
                 if error.status != 409:  # it is there
                     raise
@@ -210,20 +216,20 @@ class Reconciler:
         if current["metadata"]["uid"] == job.uid:
             self.store.saw_job(await self.kube.merge(JOBS, current, {"spec": dict(spec)}))
 
-    async def _write(self, entry: Entry, verdict: Verdict) -> None:
+    async def _write(self, resource: Mapping[str, Any], verdict: Verdict) -> None:
         """One merge patch with what changed, refused if the job has changed meanwhile; then the events."""
-        before = entry.resource.get("status", {})
+        before = resource.get("status", {})
         after = dump(verdict.status)
         changed = changes(before, after)
         if changed and not _is_early(before, verdict) and not _is_only_a_date(before, after, changed):
             manager = PROGRESS_MANAGER if changed.keys() <= _PROGRESS_FIELDS else FIELD_MANAGER
-            written = await self.kube.merge(FINETUNEJOBS, entry.resource, {"status": changed}, "status", manager)
+            written = await self.kube.merge(FINETUNEJOBS, resource, {"status": changed}, "status", manager)
             STATUS_WRITES.inc()
             if after.get("state") != before.get("state"):
-                log_of(entry.resource).info("%s: %s", after.get("state"), after.get("message"))
+                log_of(resource).info("%s: %s", after.get("state"), after.get("message"))
             self.store.saw_resource(written)
-            _count(entry.resource, before, after)
-        await tell(self.kube, entry.resource, verdict.events)
+            _count(resource, before, after)
+        await tell(self.kube, resource, verdict.events)
 
     async def _obey(self, key: Key, entry: Entry, verdict: Verdict) -> None:
         """Carry out the verdict's commands. After the status, so that a crash between repeats only what is harmless."""
