@@ -23,7 +23,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from finetune.manifests import Job
-from finetune.progress_view import View, snapshot
+from finetune.progress_view import View, final_snapshot, snapshot
 from finetune.result import RunResult, RunState, decisive, read_termination, result_of
 from finetune_api.errors import FineTuneError
 from finetune_api.exits import ExitClass
@@ -165,6 +165,8 @@ class LocalRun:
                 self._end_all()
         ended = [read_termination(node.work, node.process.returncode) for node in self._launchers]
         result = self._result(decisive(ended))
+        if result.state is RunState.COMPLETED and result.step:
+            view.show(final_snapshot(result.step, result.metrics))
         (self.directory / "result.json").write_text(
             result.model_dump_json(by_alias=True, exclude_none=True, indent=2) + "\n", encoding="utf-8"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, TextIO
@@ -88,6 +89,13 @@ def snapshot(progress: Progress) -> Snapshot:
     if beat is None or not beat.total_steps:
         return Snapshot(kind, phase_words(progress), done=progress.done, total=progress.total)
     return Snapshot(kind, phase_words(progress), beat.step, beat.total_steps, tuple(numbers(beat)))
+
+
+def final_snapshot(step: int, metrics: Mapping[str, float]) -> Snapshot:
+    """A job that has completed: its last page may have come and gone between two looks."""
+    names = {"trainLoss": "loss", "validationLoss": "validation loss"}
+    known = tuple(f"{words} {metrics[name]:.4f}" for name, words in names.items() if name in metrics)
+    return Snapshot(Phase.DONE.value, _WORDS[Phase.DONE], step, step, known)
 
 
 def eta_seconds(beat: Heartbeat) -> float | None:
