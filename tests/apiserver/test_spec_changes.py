@@ -133,6 +133,8 @@ def test_a_job_that_has_no_pods_may_be_mended_at_once(kube: Kube, state: str | N
         kube.patch("FineTuneJob", "support-bot", {"status": {"state": state}}, subresource="status")
     for block, change in CHANGES.items():
         kube.patch("FineTuneJob", "support-bot", {"spec": {block: change}})
+    spec = kube.get("FineTuneJob", "support-bot")["spec"]
+    assert {block: spec[block] for block in CHANGES} == CHANGES
 
 
 def test_a_job_that_a_later_version_started_is_looked_after_by_this_one_which_cannot_read_it(tmp_path: Path) -> None:
