@@ -80,4 +80,5 @@ def test_an_answer_that_never_comes_is_an_error_that_says_so(
     assert time.monotonic() - began < 10
     assert (caught.value.status, caught.value.reason, caught.value.retriable) == (0, "Unreachable", True)
     assert (kube.find("ConfigMap", "a") is not None) is after
+    kube.wait(lambda: proxy.writes, "the proxy has noted that the caller gave up")
     assert len(proxy.writes) == 1, "it may have been done: the next look asks anew"
