@@ -216,9 +216,17 @@ def apply_and_follow(place: Place) -> tuple[dict[str, Any], dict[str, float], di
     seen: dict[str, float] = {}
     told = ""
     while True:
-        found = json.loads(run("kubectl", place, "get", "finetunejob", NAME, "-n", NAMESPACE, "-o", "json"))
+        now = time.monotonic() - begun
+        try:
+            found = json.loads(run("kubectl", place, "get", "finetunejob", NAME, "-n", NAMESPACE, "-o", "json"))
+        except demo.ClaimFailed as failure:  # an API server may be away for a moment
+            if now > LIMIT_SECONDS:
+                raise
+            demo.say(f"{now:6.1f} s  asked again: {failure}")
+            time.sleep(2)
+            continue
         status = found.get("status", {})
-        now, state = time.monotonic() - begun, status.get("state", "")
+        state = status.get("state", "")
         for what, reached in (
             ("pods running", state in {"Running", "Publishing", "Complete"}),
             ("first step", status.get("progress", {}).get("step", 0) > 0),

@@ -6,7 +6,7 @@ from typing import Any
 
 import kopf
 
-from finetune_operator.kube import FINETUNEJOBS, JOBS, PAGE
+from finetune_operator.kube import CONNECT_SECONDS, FINETUNEJOBS, JOBS, PAGE, REQUEST_SECONDS
 from finetune_operator.looks import is_calm, seconds_after_listing
 from finetune_operator.metrics import WATCH_EVENTS
 from finetune_operator.store import Store, key_of
@@ -59,7 +59,8 @@ def build_settings(scope: str) -> kopf.OperatorSettings:
     settings.persistence.diffbase_storage = _NoDifferences()
     settings.watching.server_timeout = 600
     settings.watching.client_timeout = 660
-    settings.watching.connect_timeout = 30
+    settings.watching.connect_timeout = settings.networking.connect_timeout = CONNECT_SECONDS
+    settings.networking.request_timeout = REQUEST_SECONDS  # by itself kopf waits five minutes for a page of a list
     settings.watching.chunk_size = PAGE  # by itself kopf holds every object there is at once
     settings.watching.label_selectors[f"{JOBS.plural}.{JOBS.version}.{JOBS.group}"] = ",".join(
         f"{name}={value}" for name, value in MANAGED.items()

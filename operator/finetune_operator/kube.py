@@ -30,6 +30,7 @@ from finetune_operator.metrics import API_REQUESTS
 FIELD_MANAGER = "finetune-operator"
 PROGRESS_MANAGER = "finetune-operator-progress"
 REQUEST_SECONDS = 30.0
+CONNECT_SECONDS = 5.0  # TCP and TLS: a network that swallows packets for a moment must not cost a whole request
 CONNECTIONS = 48  # more only cost handshakes: two cores of an API server are busy with 32
 PAGE = 500  # objects of one LIST
 # Seconds. A look that failed would wait longer, and ask everything anew.
@@ -240,14 +241,16 @@ class Kube:
                 auth_settings=["BearerToken"],
             )
             url, headers = serialized[1], serialized[2]
+            limit = aiohttp.ClientTimeout(total=REQUEST_SECONDS, sock_connect=CONNECT_SECONDS)
             async with self._turns:
-                response = await self._client.call_api(
-                    method, url, headers, body, None, _request_timeout=REQUEST_SECONDS
-                )
+                response = await self._client.call_api(method, url, headers, body, None, _request_timeout=limit)
                 text = await response.read()
             code = str(response.status)
         except (TimeoutError, aiohttp.ClientError, ssl.SSLError, OSError) as error:
-            broken = isinstance(error, aiohttp.ClientConnectionError) and not isinstance(error, TimeoutError)
+            unsent = isinstance(error, aiohttp.ConnectionTimeoutError)
+            broken = isinstance(error, aiohttp.ClientConnectionError) and (
+                unsent or not isinstance(error, TimeoutError)
+            )
             message = f"the API server did not answer ({type(error).__name__}: {error})"
             raise ApiError(0, _BROKEN if broken else "Unreachable", message) from error
         finally:

@@ -178,7 +178,7 @@ class Kube:
 
     # ---- waiting
 
-    def wait(self, question: Callable[[], T | None], what: str, seconds: float = 20.0) -> T:
+    def wait(self, question: Callable[[], T | None], what: str, seconds: float = 60.0) -> T:
         """Asks until the answer is true; fails with ``what`` was awaited."""
         return wait(question, what, seconds)
 
@@ -193,7 +193,7 @@ class Kube:
                 yield json.loads(line)
 
 
-def wait(question: Callable[[], T | None], what: str, seconds: float = 20.0, pause: float = 0.02) -> T:
+def wait(question: Callable[[], T | None], what: str, seconds: float = 60.0, pause: float = 0.02) -> T:
     """Asks every ``pause`` seconds until the answer is true and returns it."""
     deadline = time.monotonic() + seconds
     while True:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -82,14 +82,12 @@ class LogKubelet:
                 if log.refused:
                     self._hang_up()
                     return
-                self.send_response(200)
-                self.send_header("Transfer-Encoding", "chunked")
-                self.end_headers()
+                self._began = False
                 self._stream(log, options)
 
             def _stream(self, log: Log, options: dict[str, str]) -> None:
                 sent = max(0, len(log.lines) - int(options["tailLines"])) if "tailLines" in options else 0
-                since = datetime.now(UTC) - timedelta(seconds=int(options.get("sinceSeconds", 10**6)))
+                since = datetime.fromisoformat(options.get("sinceTime", "2000-01-01T00:00:00Z"))
                 while True:
                     over = not log.open or "follow" not in options
                     while sent < len(log.lines):
@@ -115,6 +113,12 @@ class LogKubelet:
                 self.connection.shutdown(socket.SHUT_RDWR)
 
             def _chunk(self, content: bytes) -> None:
+                """With the first one go the headers: before that a kubelet says nothing at all."""
+                if not self._began:
+                    self._began = True
+                    self.send_response(200)
+                    self.send_header("Transfer-Encoding", "chunked")
+                    self.end_headers()
                 self.wfile.write(f"{len(content):x}\r\n".encode() + content + b"\r\n")
                 self.wfile.flush()
 

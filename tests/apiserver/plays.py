@@ -27,7 +27,7 @@ from tests.apiserver.proxy import (
 from tests.apiserver.server import RunningServer
 from tests.apiserver.stage import Outcome, Stage, live
 
-from finetune_operator.kube import REQUEST_SECONDS
+from finetune_operator.kube import PAGE, REQUEST_SECONDS
 
 AT_ONCE = int(os.environ.get("FINETUNE_LIVES_AT_ONCE", "10"))
 KILLS = ("answered", "done")  # the operator knew; the API server had done it and the answer never came
@@ -74,6 +74,10 @@ def _lists_pods(seen: Seen) -> bool:
     return seen.method == "GET" and not seen.is_watch and seen.resource == "pods"
 
 
+def _lists_jobs_by_kopf(seen: Seen) -> bool:
+    return seen.method == "GET" and not seen.is_watch and seen.resource == "jobs" and f"limit={PAGE}" in seen.query
+
+
 def _nth(seen: Seen, period: int) -> bool:
     """Every ``period``-th request, by its time of arrival: no two runs break at the same places."""
     return int(seen.at * 1000) % period == 0
@@ -87,6 +91,7 @@ def _every_second(strikes: Callable[[Seen], bool]) -> Callable[[Seen], bool]:
 
 TROUBLES: dict[str, Callable[[], list[Fault]]] = {
     "answers that never come": lambda: [
+        hanging(_lists_jobs_by_kopf, seconds=REQUEST_SECONDS + 5),
         hanging(_lists_pods, seconds=REQUEST_SECONDS + 5),
         hanging(_writes_of("finetunejobs/status"), seconds=REQUEST_SECONDS + 5, after=True),
     ],

@@ -28,7 +28,7 @@ import yaml
 from filelock import FileLock
 
 REPOSITORY = Path(__file__).parents[2]
-START_SECONDS = 60  # a machine with all cores busy; 3 to 5 s otherwise
+START_SECONDS = 90  # a machine with all cores busy; 3 to 5 s otherwise
 
 # Only what the operator's children need. Every other controller would be noise in the audit log.
 CONTROLLERS = "job-controller,garbage-collector-controller,namespace-controller,ttl-after-finished-controller"
@@ -179,6 +179,18 @@ class Keeper:
         self.token = secrets.token_hex(16)
 
     def start(self, controllers: bool) -> str:
+        """Again with other ports if it fails: between choosing and binding one somebody else may take it."""
+        for _ in range(2):
+            try:
+                return self._start(controllers)
+            except ServerUnavailable as error:
+                print(f"{error} Starting once more.", flush=True)
+                self.stop()
+                self.processes.clear()
+                shutil.rmtree(self.directory / "etcd", ignore_errors=True)
+        return self._start(controllers)
+
+    def _start(self, controllers: bool) -> str:
         etcd_port, peer_port, port = _free_ports(3)
         url = f"https://127.0.0.1:{port}"
         _write_certificates(self.directory)
@@ -310,6 +322,7 @@ def _apiserver_arguments(directory: Path, etcd_port: int, port: int) -> list[str
         "--authorization-mode=RBAC",
         f"--audit-policy-file={directory / 'audit.yaml'}",
         f"--audit-log-path={directory / 'audit.log'}",
+        "--audit-log-maxsize=0",  # one file, however long
         "--allow-privileged=true",  # so that Pod Security is what refuses
         "--profiling=false",
         "--v=0",

@@ -47,10 +47,10 @@ class Stage:
 
     def settled(self) -> bool:
         """Whether nothing is written any more, also by an operator that died at its last write and has looked again."""
-        if self.quiet(0.5):
+        if self.quiet(0.5) or not self.operator.alive:
             return False
         self.watching()
-        return not self.quiet()
+        return not self.quiet() and self.operator.alive
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def live(server: RunningServer, folder: Path, name: str, disturb: Callable[[Stag
         there.operator.start(again=True)
         try:
             LIVES[name](Life(there.kube, there.kubelet))
-            wait(there.settled, "nothing is written any more")
+            wait(there.settled, "nothing is written any more", 120)
         except AssertionError as error:
             raise AssertionError(f"{error}\n{_what_was_seen(there)}") from error
         return Outcome(

@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -346,7 +346,7 @@ def test_a_cluster_that_does_not_answer_is_told_at_once(shell: Shell, kube: Kube
         "the cluster at http://127.0.0.1:9 cannot be reached: connection refused; see whether it runs, whether this"
         " machine can reach it, and whether the context is the right one\n",
     )
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 25
 
 
 def test_a_list_of_kubeconfigs_is_merged_and_the_first_current_context_wins(
@@ -418,12 +418,14 @@ def test_kubectl_finds_its_plugin_and_the_help_says_so(shell: Shell, kube: Kube,
 
 
 def test_waiting_ends_when_the_job_is_complete(shell: Shell, kube: Kube, bot: str) -> None:
-    waiting = shell.start("wait", bot, "--timeout", "60s")
     be_operator(kube, bot, running())
-    time.sleep(1.0)
-    assert waiting.poll() is None
-    be_operator(kube, bot, complete())
-    said, complaint = waiting.communicate(timeout=60)
+    with Proxy(kube.server) as proxy:
+        kube.server.write_kubeconfig(shell.folder / "proxied", url=proxy.url, namespace=kube.namespace)
+        waiting = shell.start("wait", bot, "--timeout", "300s", "--kubeconfig", "proxied")
+        kube.wait(lambda: [one for one in proxy.seen if one.is_watch], "it has looked, and waits for news")
+        assert waiting.poll() is None
+        be_operator(kube, bot, complete())
+        said, complaint = waiting.communicate(timeout=60)
     assert (waiting.returncode, said, complaint) == (
         0,
         "FineTuneJob 'bot' is Complete: completed after 1170 steps\n",
@@ -472,7 +474,7 @@ def test_waiting_too_long_ends_with_code_124(shell: Shell, kube: Kube, bot: str)
         "the FineTuneJob 'bot' was not Suspended within 1 s; it is Running:"
         " step 420 of 1170, loss 1.31, 2,913 tokens/s, about 38 min left\n",
     )
-    assert time.monotonic() - started < 8
+    assert time.monotonic() - started < 25
 
 
 def test_waiting_for_deletion_and_being_surprised_by_it(shell: Shell, kube: Kube, bot: str) -> None:
@@ -494,7 +496,7 @@ def test_a_wait_survives_410_errors_and_broken_connections(shell: Shell, kube: K
     with Proxy(kube.server) as proxy:
         kube.server.write_kubeconfig(shell.folder / "proxied", url=proxy.url, namespace=kube.namespace)
         proxy.inject(gone(lambda seen: seen.is_watch))
-        waiting = shell.start("wait", bot, "--timeout", "60s", "--kubeconfig", "proxied")
+        waiting = shell.start("wait", bot, "--timeout", "300s", "--kubeconfig", "proxied")
         kube.wait(lambda: [one for one in proxy.seen if one.fault == "410"], "a watch has ended with 410", seconds=60)
         proxy.inject(dropped(lambda seen: seen.is_watch))
         proxy.inject(internal_error(lambda seen: seen.method == "GET" and not seen.is_watch, times=2))
@@ -798,8 +800,9 @@ def kubelet(kube: Kube, tmp_path: Path) -> Iterator[LogKubelet]:
 def run_pod(kube: Kube, kubelet: LogKubelet, job: str, index: int, suffix: str) -> Log:
     """A running training pod of ``job``; returns its log."""
     name = make_pod(kube, kubelet, job, index, suffix)
+    log = kubelet.logs.setdefault(name, Log())
     set_state(kube, name, "Running", {"running": {"startedAt": "2026-11-21T12:00:00Z"}})
-    return kubelet.logs.setdefault(name, Log())
+    return log
 
 
 def make_pod(kube: Kube, kubelet: LogKubelet, job: str, index: int, suffix: str) -> str:
@@ -855,8 +858,10 @@ def test_logs_follow_a_rank_across_replaced_pods_and_broken_connections(
     read.until(kube, "step 1", "step 2")
     first.write("step 3", "step 3", "step 4")
     read.until(kube, "step 4")
-    assert "sinceSeconds" not in first.requests[0]
-    assert "sinceSeconds" in first.requests[1]
+    assert [request.get("sinceTime") for request in first.requests[:2]] == [
+        None,
+        first.lines[2][0].strftime("%Y-%m-%dT%H:%M:%SZ"),
+    ]
     end_pod(kube, kubelet, f"ftj-{bot}-0-aaaaa", None, 31)
     second = run_pod(kube, kubelet, bot, 0, "bbbbb")
     second.write("again from step 2")
@@ -964,8 +969,8 @@ def test_logs_that_cannot_be_read_say_so_and_end_with_the_job(
     lost.refused = lost.broken = False
     lost.write("step 2")
     read.until(kube, "step 2")
+    be_operator(kube, bot, failed())  # before it breaks: nobody looks while the log can be read
     lost.refused = lost.broken = True
-    be_operator(kube, bot, failed())
     assert process.wait(60) == 1
     told.until(kube, "the FineTuneJob 'bot' is Failed: train.jsonl:7 is not a conversation")
     kube.wait(lambda: told.lines[-1].startswith(cannot), "the last sentence", seconds=60)
@@ -979,18 +984,18 @@ def test_logs_leave_a_pod_that_could_not_be_read_for_too_long(
 ) -> None:
     be_operator(kube, bot, running())
     run_pod(kube, kubelet, bot, 0, "aaaaa").refused = True
-    said, complaint = shell.start_hasty(bot, OUTAGE_SECONDS=4).communicate(timeout=60)
+    said, complaint = shell.start_hasty(bot, OUTAGE_SECONDS=15).communicate(timeout=120)
     title, trying, last = complaint.splitlines()
     assert (said, title) == ("", f"--- pod ftj-bot-0-aaaaa on node {kubelet.node} ---")
     cannot = trying.removesuffix("; trying again")
     assert cannot.startswith("the output of pod ftj-bot-0-aaaaa cannot be read: ")
-    assert last == f"{cannot}; this has lasted 4 s and the job is Running"
+    assert last == f"{cannot}; this has lasted 15 s and the job is Running"
 
 
 def test_logs_wait_in_silence_for_a_quiet_pod(shell: Shell, kube: Kube, bot: str, kubelet: LogKubelet) -> None:
     be_operator(kube, bot, running())
     log = run_pod(kube, kubelet, bot, 0, "aaaaa")
-    log.write("step 1")
+    log.lines.append((datetime.now(UTC) - timedelta(hours=2), "step 1"))
     process = shell.start_hasty(bot, _SILENCE_SECONDS=0.5, OUTAGE_SECONDS=2)
     read, told = Reading(process.stdout), Reading(process.stderr)
     kube.wait(lambda: len(log.requests) >= 5, "the stream was opened again and again", seconds=60)

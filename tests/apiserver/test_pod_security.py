@@ -188,8 +188,10 @@ def test_infrastructure_trouble_brings_a_new_pod_and_costs_the_gang_one_pause_no
         before = {pod["metadata"]["uid"] for pod in kubelet.pods()}
         for index in (0, 1):
             kubelet.end(index, Termination(exit_class=lost, exit_code=lost.code, message="peer lost"))
-        job_kube.wait(lambda: _all_run(kubelet, 2), "both pods were replaced", seconds=18)
+        job_kube.wait(lambda: _all_run(kubelet, 2), "both pods were replaced")
         after = kubelet.pods()
+        counts = [pod["metadata"]["annotations"]["batch.kubernetes.io/job-index-failure-count"] for pod in after]
+        assert counts == ["1", "1"]
         assert before.isdisjoint(pod["metadata"]["uid"] for pod in after)
         assert [index_of(pod) for pod in after] == [0, 1]
         assert _condition(job_kube, "FailureTarget") is None
@@ -199,7 +201,7 @@ def test_an_eviction_is_not_counted(job_kube: Kube) -> None:
     with applied(job_kube, smallest()), Kubelet(job_kube).running() as kubelet:
         job_kube.wait(lambda: _all_run(kubelet, 1), "the pod runs")
         kubelet.evict(0, "The node was low on resource: memory.")
-        job_kube.wait(lambda: _all_run(kubelet, 1), "the pod was replaced", seconds=20)
+        job_kube.wait(lambda: _all_run(kubelet, 1), "the pod was replaced")
         annotations = kubelet.pod(0)["metadata"]["annotations"]
         assert annotations["batch.kubernetes.io/job-index-failure-count"] == "0"
         assert annotations["batch.kubernetes.io/job-index-ignored-failure-count"] == "1"

@@ -79,7 +79,7 @@ def test_a_watch_streams_through_and_can_be_cut(kube: Kube, proxy: Proxy, throug
     kube.create(_config_map("a"))
     wait(lambda: events == ["a"], "the event has come through")
     proxy.break_watches()
-    assert ended.wait(5)
+    assert ended.wait(60)
 
 
 def test_an_expired_watch_is_told_410(proxy: Proxy, through: Kube) -> None:
@@ -92,12 +92,12 @@ def test_a_watch_breaks_when_its_time_is_over(proxy: Proxy, through: Kube) -> No
     began = time.monotonic()
     with pytest.raises(urllib3.exceptions.ProtocolError):
         list(through.watch("ConfigMap"))
-    assert 1.0 <= time.monotonic() - began < 10
+    assert 1.0 <= time.monotonic() - began < 60
     assert ([(one.code, one.fault) for one in proxy.seen], proxy.faults) == ([(200, "break")], [("break", 1)])
 
 
 def test_an_answer_may_never_come(kube: Kube, proxy: Proxy, through: Kube) -> None:
-    through.timeout_seconds = 1.0
+    through.timeout_seconds = 5.0
     for number, after in enumerate((False, True)):
         proxy.inject(hanging(_write, seconds=60, after=after))
         with pytest.raises(Unreachable, match="timed out"):

@@ -94,7 +94,7 @@ def test_a_killed_run_leaves_no_process(tmp_path: Path) -> None:
     assert len(_processes(server)) == 2
     owner.send_signal(signal.SIGKILL)
     owner.wait()
-    wait(lambda: not _processes(server), "etcd and kube-apiserver are gone", 10)
+    wait(lambda: not _processes(server), "etcd and kube-apiserver are gone")
 
 
 def test_an_operator_outlives_the_thread_that_started_it_and_dies_with_a_killed_run(
@@ -122,7 +122,7 @@ def test_an_operator_outlives_the_thread_that_started_it_and_dies_with_a_killed_
     finally:
         owner.kill()
         owner.wait()
-    wait(lambda: not _alive(operator), "the operator is gone", 10)
+    wait(lambda: not _alive(operator), "the operator is gone")
 
 
 def _job(name: str) -> dict[str, object]:

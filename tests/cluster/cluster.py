@@ -15,7 +15,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from deploy.local.cluster import cgroups, cluster, images, machine, node, object_storage, processes, stores, tools
+from deploy.local.cluster import (
+    cgroups,
+    cluster,
+    images,
+    machine,
+    network,
+    node,
+    object_storage,
+    processes,
+    stores,
+    tools,
+)
 from deploy.local.cluster.layout import PROMETHEUS, ClusterError, Layout, tools_cache
 from deploy.local.s3.server import S3Server
 from tests.tiers import cannot_run, required
@@ -125,18 +136,31 @@ class LocalCluster:
 
     def repair(self) -> None:
         """Undo every fault, and wait until all nodes are Ready."""
+        silent: dict[str, str] = {}  # when its kubelet last spoke: Ready is a belief until it has spoken again
         for each in self.layout.nodes:
-            if node.is_on(self.layout, each):
-                node.heal(each)
-                for component in node.COMPONENTS:
-                    if not node.component_runs(self.layout, each, component):
-                        self.start_component(each.name, component)
-            else:
+            spoke = self._last_word(each.name)
+            if not node.is_on(self.layout, each):
                 self.boot(each.name)
+                silent[each.name] = spoke
+                continue
+            if not network.carries(each):
+                node.heal(each)
+                silent[each.name] = spoke
+            for component in node.COMPONENTS:
+                if not node.component_runs(self.layout, each, component):
+                    self.start_component(each.name, component)
+                    silent[each.name] = spoke
         if "s3" not in processes.recorded(self.layout):
             self.start_s3()
+        for name, spoke in silent.items():
+            wait_for(lambda n=name, s=spoke: self._last_word(n) != s, 60, f"node {name} does not speak again")
         for each in self.layout.nodes:
             self.wait_until_node(each.name, ready=True)
+
+    def _last_word(self, name: str) -> str:
+        """When the node's kubelet renewed its lease."""
+        lease = self.get("lease", name, "kube-node-lease")
+        return str(lease["spec"]["renewTime"]) if lease else ""
 
     # ---- services of the host
 

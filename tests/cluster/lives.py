@@ -326,7 +326,7 @@ def _violations(cluster: LocalCluster, namespace: str) -> set[str]:
     name = "pod-security.kubernetes.io/audit-violations"
     events = (
         json.loads(line)
-        for line in cluster.layout.audit_log.read_text(encoding="utf-8").splitlines()
-        if name in line and namespace in line
+        for line in cluster.layout.audit_log.read_text(encoding="utf-8").splitlines(keepends=True)
+        if name in line and namespace in line and line.endswith("\n")
     )
     return {f"{event['objectRef']['resource']}/{event['objectRef'].get('name', '')}" for event in events}

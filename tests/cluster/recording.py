@@ -112,13 +112,14 @@ class Recorder:
         path = f"/api/v1/namespaces/{self._namespace}/pods/{pod}/log?follow=true"
         self.seen.logs[pod] = ""
         while not self._stopping.is_set():
+            # asked before the request: refused to a pod that had ended by then, there is no log and never will be
+            phases = [v.get("status", {}).get("phase") for v in self.seen.of("pods", pod)[-1:]]
             lines = self._lines(path)
             if lines is not None:
                 self.seen.logs[pod] = ""
                 for line in lines:
                     self.seen.logs[pod] += line.decode(errors="replace")
                 return
-            phases = [v.get("status", {}).get("phase") for v in self.seen.of("pods", pod)[-1:]]
             if phases in ([], ["Failed"], ["Succeeded"]):
                 return
             time.sleep(0.2)  # its container does not run yet

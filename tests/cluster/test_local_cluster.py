@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from deploy.local.cluster import tools
+from deploy.local.cluster import network, tools
 from deploy.local.cluster.__main__ import main
-from deploy.local.cluster.layout import ClusterError
+from deploy.local.cluster.layout import API_SERVICE, DNS_SERVICE, ClusterError
 from tests.cluster.cluster import LocalCluster, wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -57,7 +58,7 @@ GANG = {
 def start_gang(running: LocalCluster, namespace: str, image: str) -> None:
     pods = [pod(f"gang-{index}", image, "serve", node=f"n{index + 1}") for index in range(2)]
     running.apply(GANG, *pods, namespace=namespace)
-    wait_for(lambda: phases(running, namespace) == {"gang-0": "Running", "gang-1": "Running"}, 30, "no pods run")
+    wait_for(lambda: phases(running, namespace) == {"gang-0": "Running", "gang-1": "Running"}, 120, "no pods run")
 
 
 def phases(running: LocalCluster, namespace: str) -> dict[str, str]:
@@ -78,6 +79,14 @@ class TestRunning:
         assert all(local_cluster.node_ready(name) for name in ("n1", "n2"))
         assert [item["spec"].get("taints") for item in nodes] == [None, None]
 
+    def test_every_node_leads_to_the_api_server_and_to_names_and_to_no_service_that_is_not(
+        self, local_cluster: LocalCluster
+    ) -> None:
+        for node in local_cluster.layout.nodes:
+            assert network.serves(node, API_SERVICE)
+            assert network.serves(node, DNS_SERVICE)
+            assert not network.serves(node, "10.96.77.77")
+
     def test_pods_on_both_nodes_find_each_other_by_name(
         self, local_cluster: LocalCluster, namespace: str, probe_image: str
     ) -> None:
@@ -93,7 +102,7 @@ class TestRunning:
     ) -> None:
         urls = ["http://10.231.0.1:7070/healthz", "http://s3.s3.svc:7070/healthz"]
         local_cluster.apply(pod("asks", probe_image, "get", "20", *urls), namespace=namespace)
-        wait_for(lambda: phases(local_cluster, namespace) == {"asks": "Succeeded"}, 30, "the pod does not end")
+        wait_for(lambda: phases(local_cluster, namespace) == {"asks": "Succeeded"}, 120, "the pod does not end")
         assert local_cluster.kubectl("logs", "asks", "--namespace", namespace) == "200\n200\n"
         assert local_cluster.s3().environment["AWS_ENDPOINT_URL"] == "http://10.231.0.1:7070"
         assert local_cluster.layout.s3_environment.stat().st_mode & 0o777 == 0o600
@@ -103,7 +112,7 @@ class TestRunning:
     ) -> None:
         local_cluster.apply(pod("measured", probe_image, "serve"), namespace=namespace)
         expression = f'probe_up{{namespace="{namespace}",pod="measured"}}'
-        found = wait_for(lambda: local_cluster.query(expression), 30, "Prometheus has no sample")
+        found = wait_for(lambda: local_cluster.query(expression), 120, "Prometheus has no sample")
         assert found[0]["value"][1] == "1"
         assert found[0]["metric"]["container"] == "probe"
 
@@ -142,13 +151,15 @@ class TestFaults:
         self, breakable_cluster: LocalCluster, namespace: str, probe_image: str
     ) -> None:
         start_gang(breakable_cluster, namespace, probe_image)
+        began = time.monotonic()
         breakable_cluster.power_off("n2")
-        assert 3 < breakable_cluster.wait_until_node("n2", ready=False) < 20
+        breakable_cluster.wait_until_node("n2", ready=False)
+        assert time.monotonic() - began > 3, "nobody said good-bye: it is missed by its lease"
         breakable_cluster.boot("n2")
-        assert breakable_cluster.wait_until_node("n2", ready=True) < 20
+        breakable_cluster.wait_until_node("n2", ready=True)
         assert breakable_cluster.run_on("n2", "hostname") == "n2\n"
         breakable_cluster.apply(pod("after", probe_image, "serve", node="n2"), namespace=namespace)
-        wait_for(lambda: phases(breakable_cluster, namespace).get("after") == "Running", 30, "no pod after boot")
+        wait_for(lambda: phases(breakable_cluster, namespace).get("after") == "Running", 120, "no pod after boot")
         assert ask(breakable_cluster, namespace, "gang-0", "after.gang") == "after.gang after\n"
 
     def test_a_partition_heals_and_pods_live_through_it(
@@ -157,7 +168,7 @@ class TestFaults:
         long = [{"key": f"node.kubernetes.io/{why}", "operator": "Exists"} for why in ("unreachable", "not-ready")]
         survivor = pod("survivor", probe_image, "serve", node="n2", tolerations=long)
         breakable_cluster.apply(GANG, survivor, namespace=namespace)
-        wait_for(lambda: phases(breakable_cluster, namespace) == {"survivor": "Running"}, 30, "the pod does not run")
+        wait_for(lambda: phases(breakable_cluster, namespace) == {"survivor": "Running"}, 120, "the pod does not run")
         before = breakable_cluster.list("pods", namespace)[0]["status"]["containerStatuses"][0]["containerID"]
         breakable_cluster.cut("n2")
         breakable_cluster.wait_until_node("n2", ready=False)
@@ -171,7 +182,7 @@ class TestFaults:
         self, breakable_cluster: LocalCluster, namespace: str, probe_image: str
     ) -> None:
         breakable_cluster.apply(pod("alone", probe_image, "serve", node="n2"), namespace=namespace)
-        wait_for(lambda: phases(breakable_cluster, namespace) == {"alone": "Running"}, 30, "the pod does not run")
+        wait_for(lambda: phases(breakable_cluster, namespace) == {"alone": "Running"}, 120, "the pod does not run")
         address = breakable_cluster.list("pods", namespace)[0]["status"]["podIP"]
         breakable_cluster.kill_component("n2", "kubelet")
         breakable_cluster.wait_until_node("n2", ready=False)

@@ -33,7 +33,8 @@ class TestRights:
         """By its rights; a namespace that is being deleted, for example, may refuse what it likes."""
         decision = "authorization.k8s.io/decision"
         requests = [event for event in lives.requests if event["stageTimestamp"] >= lives.operator_began]
-        assert {event["annotations"][decision] for event in requests} == {"allow"}
+        decided = {event.get("annotations", {}).get(decision) for event in requests}
+        assert decided - {None} == {"allow"}, "None: turned away before anybody asked, as too many"
 
     def test_every_granted_right_was_used_and_every_used_one_is_granted(
         self, lives: Lives, product: LocalCluster

@@ -113,7 +113,7 @@ class Ground:
     def work(self, job: Job) -> Path:
         return self.folder / "work" / _word(job.tag)
 
-    def run(self, jobs: list[Job], world_size: int, limit_seconds: float = 900) -> dict[str, Outcome]:
+    def run(self, jobs: list[Job], world_size: int, limit_seconds: float = 540) -> dict[str, Outcome]:
         """Run jobs one after the other in one torchrun process group; tag -> outcome."""
         run_together([(self, job) for job in jobs], world_size, limit_seconds)
         return {job.tag: self.outcome(job) for job in jobs if not (job.stop_after_cut or job.fails)}
@@ -135,7 +135,7 @@ class Ground:
         return Outcome(json.loads((work / "report" / "report.json").read_text()), work / "artifact")
 
 
-def run_together(work: list[tuple[Ground, Job]], world_size: int, limit_seconds: float = 900) -> None:
+def run_together(work: list[tuple[Ground, Job]], world_size: int, limit_seconds: float = 540) -> None:
     """Run jobs of several grounds one after the other in one torchrun process group."""
     parcels = [
         {"config": ground.worker_config(job, world_size).model_dump(mode="json", by_alias=True), **_driving(job)}

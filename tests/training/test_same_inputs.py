@@ -22,7 +22,7 @@ from finetune_api.trainer_config import Rendezvous
 from finetune_trainer.progress import read_heartbeats
 
 SETTINGS = {
-    "training": {"maxSteps": 24, "globalBatchSize": 8, "precision": "FP32", "learningRate": 3e-3},
+    "training": {"maxSteps": 60, "globalBatchSize": 8, "precision": "FP32", "learningRate": 3e-3},
     "checkpoint": {"everySteps": 4},
 }
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,6 @@ _POLL_SECONDS = 1.0
 _REPLACED_TRIES = 2
 _TRIES = 3  # failures in a row that are told, and that end the reading once the job has ended
 _SILENCE_SECONDS = 30.0  # a stream without a line for so long is opened anew: the connection may be dead
-_OVERLAP_SECONDS = 5
 _STAMP = re.compile(r"\d{4}-\d\d-\d\dT\S+")
 _PROGRAM = Path(rank_log.__file__)
 
@@ -55,7 +53,6 @@ class Position:
 
     stamp: str = ""  # time of the newest line, as the kubelet wrote it
     at_stamp: int = 0  # lines of that very time
-    read_at: float = field(default_factory=time.monotonic)
     bytes: int = 0  # of a rank's files
     complaint: str = ""  # of the kubelet, in the place of lines
     failures: int = 0  # in a row, without a new line between
@@ -279,21 +276,7 @@ def _is_followed(pod: TrainerPod, reader: Reader) -> bool:
 
 def _lines(cluster: Cluster, pod: TrainerPod, _rank: int, position: Position, reader: Reader) -> Iterator[str]:
     """New lines of the pod's standard output. A stream that is taken up again overlaps; lines known are left out."""
-    options: dict[str, Any] = {}
-    if position.stamp:
-        options["since_seconds"] = math.ceil(time.monotonic() - position.read_at) + _OVERLAP_SECONDS
-    elif reader.tail is not None:
-        options["tail_lines"] = reader.tail
-    answer: Any = cluster.core.read_namespaced_pod_log(
-        pod.name,
-        cluster.namespace,
-        container=CONTAINER,
-        follow=_is_followed(pod, reader),
-        timestamps=True,
-        _preload_content=False,
-        _request_timeout=(CONNECT_SECONDS, _SILENCE_SECONDS),
-        **options,
-    )
+    answer = _stream(cluster, pod, position, reader)
     try:
         if answer.status != 200:
             refused = ApiException(status=answer.status, reason=answer.reason)
@@ -304,6 +287,29 @@ def _lines(cluster: Cluster, pod: TrainerPod, _rank: int, position: Position, re
     finally:
         answer.close()
         answer.release_conn()
+
+
+def _stream(cluster: Cluster, pod: TrainerPod, position: Position, reader: Reader) -> Any:
+    """The kubelet's answer, not read yet: urllib3's response.
+
+    The client's own method has no ``sinceTime`` (its value is the kubelet's, so nobody's clock matters): from the
+    newest known line on, which is told again, so that a kubelet that lives answers at once.
+    """
+    query = [("container", CONTAINER), ("timestamps", True), ("follow", _is_followed(pod, reader))]
+    if position.stamp:
+        query.append(("sinceTime", position.stamp))
+    elif reader.tail is not None:
+        query.append(("tailLines", reader.tail))
+    client = cluster.core.api_client
+    request = client.param_serialize(
+        method="GET",
+        resource_path="/api/v1/namespaces/{namespace}/pods/{name}/log",
+        path_params={"namespace": cluster.namespace, "name": pod.name},
+        query_params=query,
+        header_params={"Accept": "text/plain, application/json"},
+        auth_settings=["BearerToken"],
+    )
+    return client.call_api(*request, _request_timeout=(CONNECT_SECONDS, _SILENCE_SECONDS)).response
 
 
 def _split(chunks: Iterator[bytes]) -> Iterator[str]:
@@ -334,7 +340,7 @@ def new_lines(stamped: Iterator[str], position: Position, say: Callable[[str], N
             skipped += 1
             continue
         position.at_stamp = position.at_stamp + 1 if stamp == position.stamp else 1
-        position.stamp, position.read_at = stamp, time.monotonic()
+        position.stamp = stamp
         yield text
 
 

@@ -30,10 +30,7 @@ class Api:
         Raises:
             ClusterError: any other answer, or none.
         """
-        try:
-            status, body = self._request("GET", path)
-        except (OSError, http.client.HTTPException) as error:
-            raise ClusterError(f"The API server at https://{HOST}:{API_PORT} does not answer: {error}.") from error
+        status, body = self._answer("GET", path)
         if status == 404:
             return None
         if status != 200:
@@ -44,12 +41,18 @@ class Api:
         """Create or change the object at ``path``.
 
         Raises:
-            ClusterError: the server refuses.
+            ClusterError: the server refuses, or does not answer.
         """
         target = f"{path}?fieldManager=finetune-cluster&force=true"
-        status, body = self._request("PATCH", target, json.dumps(manifest), "application/apply-patch+yaml")
+        status, body = self._answer("PATCH", target, json.dumps(manifest), "application/apply-patch+yaml")
         if status not in (200, 201):
             raise ClusterError(f"The API server answers {status} to {path}: {body[:500].decode(errors='replace')}")
+
+    def _answer(self, *words: str) -> tuple[int, bytes]:
+        try:
+            return self._request(*words)
+        except (OSError, http.client.HTTPException) as error:
+            raise ClusterError(f"The API server at https://{HOST}:{API_PORT} does not answer: {error}.") from error
 
     def _request(
         self, method: str, path: str, body: str | None = None, content_type: str = "application/json"

@@ -5,16 +5,18 @@
     capsule.py component CONFIG NAME   one of these three (also to start it again)
 
 SIGKILL of PID 1 is a power loss: the kernel kills everything in its pid namespace at once. CONFIG is a JSON file that
-``node.py`` writes: name, state, disk, network_namespace, cgroups, unified, components.
+``node.py`` writes: name, state, disk, network_namespace, cgroups, unified, ready, authority, components.
 """
 
 import contextlib
 import json
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +117,8 @@ def component(config: dict[str, Any], name: str) -> None:
     null = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((null, 0), (log, 1), (log, 2)):
         os.dup2(source, target)
+    if name == "kube-proxy":
+        wait_for_api_server(config["ready"], config["authority"])
     command = config["components"][name]
     os.execv(command[0], command)
 
@@ -127,6 +131,17 @@ def wait_for_containerd(log: Path, earlier: int) -> None:
             return
         time.sleep(0.03)
     sys.exit(f"containerd does not get ready; its log is {log}")
+
+
+def wait_for_api_server(url: str, authority: str) -> None:
+    """A kube-proxy that asks too early is refused, asks again after seconds, and meanwhile no Service is served."""
+    context = ssl.create_default_context(cafile=authority)
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context))
+    deadline = time.monotonic() + 60  # it may be away: then kube-proxy starts all the same
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError), direct.open(url, timeout=5):
+            return
+        time.sleep(0.1)
 
 
 def main() -> None:

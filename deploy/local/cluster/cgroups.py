@@ -64,7 +64,7 @@ def remove(node: str | None = None) -> None:
         ClusterError: a group stays busy.
     """
     end(members(node))
-    wait_until(lambda: _removed(node), 10, f"cgroups {', '.join(map(str, _tops(node)))} stay busy")
+    wait_until(lambda: _removed(node), 60, f"cgroups {', '.join(map(str, _tops(node)))} stay busy")
 
 
 def remains() -> list[str]:

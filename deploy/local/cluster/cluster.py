@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +27,17 @@ from deploy.local.cluster import (
     tools,
 )
 from deploy.local.cluster.api import Api
-from deploy.local.cluster.layout import HOST, MAX_NODES, PROMETHEUS, S3_PORT, ClusterError, Layout, tools_cache
+from deploy.local.cluster.layout import (
+    API_SERVICE,
+    DNS_SERVICE,
+    HOST,
+    MAX_NODES,
+    PROMETHEUS,
+    S3_PORT,
+    ClusterError,
+    Layout,
+    tools_cache,
+)
 
 _HOST_PROCESSES = (
     "etcd",
@@ -171,7 +183,7 @@ def _start(layout: Layout, programs: dict[str, Path], steps: _Steps) -> None:
     _wait(layout, api.ready, 90, "the API server does not get ready", "kube-apiserver")
     steps.say("API server ready")
     control_plane.start_controllers(layout, programs["kube-controller-manager"], programs["kube-scheduler"])
-    control_plane.apply_base_objects(api)
+    _persist(layout, lambda: control_plane.apply_base_objects(api))
     control_plane.start_dns(layout, programs["coredns"])
     prometheus.start(layout, programs["prometheus"])
     stores.ensure_pause(layout)
@@ -183,7 +195,7 @@ def _wait_until_schedulable(layout: Layout, api: Api, steps: _Steps) -> None:
     for each in layout.nodes:
         _wait(
             layout,
-            lambda each=each: _ready(api.get(f"/api/v1/nodes/{each.name}")),
+            lambda each=each: _ready(_found(api, f"/api/v1/nodes/{each.name}")),
             90,
             f"node {each.name} does not get Ready",
             f"../{each.name}/log/kubelet",
@@ -191,21 +203,47 @@ def _wait_until_schedulable(layout: Layout, api: Api, steps: _Steps) -> None:
     steps.say("nodes Ready")
     _wait(layout, control_plane.dns_ready, 30, "CoreDNS does not get ready", "coredns")
     _wait(layout, prometheus.ready, 30, "Prometheus does not get ready", "prometheus")
-    # Ready is not enough: taints go and the default ServiceAccount comes a little later
+    # Ready is not enough: kube-proxy's rules, the default ServiceAccount come a little later, and taints go
+    for each in layout.nodes:
+        _wait(
+            layout,
+            lambda each=each: all(network.serves(each, address) for address in (API_SERVICE, DNS_SERVICE)),
+            30,
+            f"kube-proxy of node {each.name} serves no Services",
+            f"../{each.name}/log/kube-proxy",
+        )
     _wait(
         layout,
-        lambda: not any("taints" in item["spec"] for item in api.get("/api/v1/nodes")["items"]),
+        lambda: (
+            (found := _found(api, "/api/v1/nodes")) and not any("taints" in item["spec"] for item in found["items"])
+        ),
         30,
         "nodes stay tainted",
         "kube-controller-manager",
     )
     account = "/api/v1/namespaces/default/serviceaccounts/default"
     problem = "there is no default ServiceAccount"
-    _wait(layout, lambda: api.get(account) is not None, 30, problem, "kube-controller-manager")
+    _wait(layout, lambda: _found(api, account) is not None, 30, problem, "kube-controller-manager")
     steps.say("ready: pods can be scheduled")
 
 
-def _wait(layout: Layout, condition: Any, seconds: float, problem: str, log: str) -> None:
+def _persist(layout: Layout, act: Callable[[], None]) -> None:
+    """Again if the API server, seconds old, refuses or says nothing; its last refusal is raised after a minute."""
+    deadline = time.monotonic() + 60
+
+    def done() -> bool:
+        try:
+            act()
+        except ClusterError:
+            if time.monotonic() > deadline:
+                raise
+            return False
+        return True
+
+    _wait(layout, done, 90, "the API server does not take the base objects", "kube-apiserver")
+
+
+def _wait(layout: Layout, condition: Callable[[], Any], seconds: float, problem: str, log: str) -> None:
     def asked() -> bool:
         living = processes.recorded(layout)
         dead = [name for name in (*_HOST_PROCESSES, *(n.name for n in layout.nodes)) if _died(layout, name, living)]
@@ -215,6 +253,13 @@ def _wait(layout: Layout, condition: Any, seconds: float, problem: str, log: str
         return bool(condition())
 
     processes.wait_until(asked, seconds, problem, layout.logs / f"{log}.log")
+
+
+def _found(api: Api, path: str) -> Any:
+    """What is there; None if nothing is, or if the API server could not say so now."""
+    with contextlib.suppress(ClusterError):
+        return api.get(path)
+    return None
 
 
 def _died(layout: Layout, name: str, living: dict[str, int]) -> bool:

@@ -28,7 +28,7 @@ disabled_plugins = [
 [grpc]
   address = "{socket}"
 """
-_START_SECONDS = 20.0
+_START_SECONDS = 60.0
 
 
 def exists() -> bool:
@@ -52,8 +52,10 @@ def containerd() -> Iterator[Path]:
     socket, log = _work() / "containerd.sock", _work() / "log"
     config = _work() / "config.toml"
     config.write_text(_CONFIG.format(root=stores.golden(), state=_work() / "state", socket=socket), encoding="utf-8")
+    # It dies with us: one that outlived a killed builder would hold the store's database for ever.
+    command = ["setpriv", "--pdeathsig", "KILL", program("containerd"), "--config", config]
     with log.open("wb") as output:
-        daemon = subprocess.Popen([program("containerd"), "--config", config], stdout=output, stderr=output)
+        daemon = subprocess.Popen(command, stdout=output, stderr=output)
     try:
         deadline = time.monotonic() + _START_SECONDS
         while not answers(socket):
@@ -64,7 +66,7 @@ def containerd() -> Iterator[Path]:
         yield socket
     finally:
         daemon.terminate()
-        daemon.wait(timeout=30)
+        daemon.wait(timeout=120)
     shutil.rmtree(_work())
 
 

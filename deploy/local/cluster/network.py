@@ -59,11 +59,30 @@ def set_cable(node: Node, state: str) -> None:
     run("ip", "link", "set", node.link, state)
 
 
+def carries(node: Node) -> bool:
+    """Whether the node's cable is up."""
+    return bool(int((Path("/sys/class/net") / node.link / "flags").read_text(), 16) & 1)  # IFF_UP
+
+
 def route_services(living: Iterable[Node]) -> None:
     """The host reaches Services through the kube-proxy of a node that lives."""
     for node in living:
         run("ip", "route", "replace", SERVICE_NETWORK, "via", node.address)
         return
+
+
+def serves(node: Node, address: str) -> bool:
+    """Whether the node's kube-proxy leads connections to the Service at ``address`` to an endpoint.
+
+    A connection that is begun earlier hangs until its client gives up: the kernel asks the rules once per connection.
+    """
+    listed = subprocess.run(
+        ["ip", "netns", "exec", node.link, "iptables", "-t", "nat", "-S", "KUBE-SERVICES"],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout
+    return any(f"-d {address}/32 " in rule and "-j KUBE-SVC-" in rule for rule in listed.splitlines())
 
 
 def owner() -> str | None:

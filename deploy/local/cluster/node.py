@@ -13,6 +13,7 @@ from typing import Any
 
 from deploy.local.cluster import cgroups, network, processes, stores
 from deploy.local.cluster.layout import (
+    API_PORT,
     DNS_SERVICE,
     HOST,
     PAUSE_IMAGE,
@@ -61,7 +62,7 @@ def boot(layout: Layout, node: Node) -> None:
     config = layout.node_state(node) / "capsule.json"
     processes.start(layout, node.name, [sys.executable, "-I", _CAPSULE, "enter", config])
     log = layout.logs / f"{node.name}.log"
-    processes.wait_until(lambda: init_pid(layout, node) is not None, 10, f"node {node.name} does not start", log)
+    processes.wait_until(lambda: init_pid(layout, node) is not None, 60, f"node {node.name} does not start", log)
     subprocess.run(["ip", "route", "replace", node.pod_network, "via", node.address], check=False)
 
 
@@ -177,6 +178,8 @@ def _capsule(layout: Layout, node: Node, programs: dict[str, Path]) -> dict[str,
         "network_namespace": str(node.namespace_file),
         "cgroups": [str(group) for group in cgroups.groups(node.name)],
         "unified": cgroups.unified(),
+        "ready": f"https://{HOST}:{API_PORT}/readyz",
+        "authority": f"{layout.pki}/ca.crt",
         "path": os.pathsep.join([shim, os.environ.get("PATH", ""), "/usr/sbin", "/usr/bin", "/sbin", "/bin"]),
         "components": {
             "containerd": [str(programs["containerd"]), "-c", f"{state}/containerd.toml"],

@@ -52,7 +52,7 @@ def recorded(layout: Layout) -> dict[str, int]:
     return living
 
 
-def end(pids: Sequence[int], seconds: float = 10.0) -> None:
+def end(pids: Sequence[int], seconds: float = 60.0) -> None:
     """SIGKILL and wait. Nothing here is worth a graceful stop, which takes an API server up to a minute.
 
     Raises:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
 from tests.builders import build_model, conversations, write_jsonl
-from tests.unit.client.client_rig import COMMAND, finetune, write_manifest
+from tests.unit.client.client_rig import finetune, write_manifest
 from tests.unit.trainer.report_builders import make_report
 
 from finetune.cli import main
@@ -209,20 +207,7 @@ def test_schema_and_crd_are_what_lies_in_the_repository(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("arguments", [("validate",), ("plan", "--no-facts")])
-def test_light_commands_start_in_half_a_second_without_torch_and_rich(
-    arguments: tuple[str, ...], manifest: Path, tmp_path: Path
-) -> None:
-    cache = {"PYTHONPYCACHEPREFIX": str(tmp_path / "pycache")}  # an installed package is compiled
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"} | cache
-    seconds = []
-    for _ in range(5):
-        before, started = os.times(), time.monotonic()
-        ended = subprocess.run([COMMAND, *arguments, manifest], env=environment, capture_output=True, check=True)
-        after = os.times()
-        used = after.children_user + after.children_system - before.children_user - before.children_system
-        seconds.append(min(used, time.monotonic() - started))  # other tests run beside this one
-        assert ended.stderr == b""
-    assert min(seconds) < 0.5
+def test_light_commands_start_without_what_takes_seconds_to_import(arguments: tuple[str, ...], manifest: Path) -> None:
     program = f"import sys\nfrom finetune.cli import main\nmain({[*arguments, str(manifest)]!r})\nprint(*sys.modules)"
     listed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     loaded = set(listed.split())

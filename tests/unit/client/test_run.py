@@ -72,7 +72,7 @@ def test_a_run_ends_with_a_verified_artifact_and_one_json_object_and_is_not_repe
 
 
 def test_ctrl_c_writes_a_checkpoint_says_how_to_go_on_and_the_next_run_resumes(folder: Path) -> None:
-    manifest = write_manifest(folder / "long.yaml", name="long", training=training(maxSteps=4000, learningRate=1e-3))
+    manifest = write_manifest(folder / "long.yaml", name="long", training=training(maxSteps=100_000, learningRate=1e-3))
     running = subprocess.Popen(
         [COMMAND, "run", "long.yaml"],
         cwd=folder,

@@ -38,7 +38,8 @@ def pages(bodies: list[bytes], monkeypatch: pytest.MonkeyPatch) -> list[int]:
             servers.append(await asyncio.start_server(handler, address, port))
             port = servers[0].sockets[0].getsockname()[1]
         monkeypatch.setattr(gather, "METRICS_PORT", port)
-        gatherer = Gatherer(Kube(ApiClient(Configuration())), SETTINGS)
+        patient = SETTINGS.progress.model_copy(update={"timeout_seconds": 60})
+        gatherer = Gatherer(Kube(ApiClient(Configuration())), SETTINGS.model_copy(update={"progress": patient}))
         pods = tuple(pod(number, address=f"127.9.8.{number + 1}") for number in range(len(bodies)))
         found = await gatherer._progress(RESOURCE, pods)
         await gatherer.close()

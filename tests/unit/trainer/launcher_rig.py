@@ -11,6 +11,7 @@ import sys
 import textwrap
 import time
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,7 @@ class Node:
     process: subprocess.Popen[str]
     work: Path
 
-    def wait(self, timeout: float = 60.0) -> int:
+    def wait(self, timeout: float = 240.0) -> int:
         self.output, self.errors = self.process.communicate(timeout=timeout)
         return self.process.returncode
 
@@ -138,7 +139,7 @@ class Node:
         return content
 
     def get(self, page: str) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.launcher_file()['port']}{page}", timeout=5) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.launcher_file()['port']}{page}", timeout=60) as answer:
             return str(answer.read().decode())
 
     def progress(self) -> Progress:
@@ -146,15 +147,19 @@ class Node:
 
     def wait_for_phase(self, phase: Phase, ranks: int = 1) -> Progress:
         """Until ``ranks`` ranks of this node say that they are in ``phase``."""
-        deadline = time.monotonic() + 40
+        return self.wait_for(lambda progress: sum(beat.phase == phase for beat in progress.ranks) >= ranks, phase)
+
+    def wait_for(self, condition: Callable[[Progress], bool], what: str) -> Progress:
+        """The first progress page that is as ``condition`` wants it. Generous: ranks import torch, on two cores."""
+        deadline = time.monotonic() + 180
         while time.monotonic() < deadline:
             assert self.process.poll() is None, self.process.communicate()
             if (self.work / "launcher.json").exists():
                 progress = self.progress()
-                if sum(beat.phase == phase for beat in progress.ranks) >= ranks:
+                if condition(progress):
                     return progress
             time.sleep(0.05)
-        raise AssertionError(f"no {phase} within 40 s")
+        raise AssertionError(f"no {what} within 180 s")
 
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
@@ -170,7 +175,7 @@ class Rig:
     ranks: int = 2
     max_restarts: int = 3
     grace_seconds: int = 20
-    rendezvous_seconds: int = 30
+    rendezvous_seconds: int = 120
     endpoint: str = ""
     environment: dict[str, str] | None = None
 

@@ -94,7 +94,8 @@ def test_sigterm_reaches_the_ranks_and_their_checkpoint_is_named(tmp_path: Path)
     beat.update(phase=Phase.TRAINING, step=5)
     until_stopped()
     beat.update(phase=Phase.CHECKPOINTING)
-    time.sleep(1)
+    while not (WORK / "seen").exists():
+        time.sleep(0.02)
     beat.update(checkpoint_step=6, checkpoint_uri="file:///out/checkpoints/step-00000006/")
     end(ExitClass.INTERRUPTED, "stopped")
     """
@@ -103,6 +104,7 @@ def test_sigterm_reaches_the_ranks_and_their_checkpoint_is_named(tmp_path: Path)
     node.signal(signal.SIGTERM)
     node.wait_for_phase(Phase.CHECKPOINTING, ranks=2)
     assert node.progress().stopping
+    (node.work / "seen").touch()
     code = node.wait()
     ended = node.termination()
     assert (code, ended.exit_class, ended.checkpoint_step) == (143, ExitClass.INTERRUPTED, 6)
@@ -111,16 +113,13 @@ def test_sigterm_reaches_the_ranks_and_their_checkpoint_is_named(tmp_path: Path)
 
 def test_a_hung_rank_gets_the_whole_grace_period_and_is_then_killed(tmp_path: Path) -> None:
     script = """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    beat.update(phase=Phase.TRAINING, step=5)
     if RANK == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         os.system("sleep 1000 &")
+    beat.update(phase=Phase.TRAINING, step=5)
     while RANK == 0:
         time.sleep(1)
-    StopSignal()
-    stop = StopSignal()
-    while not stop.requested:
-        time.sleep(0.02)
+    until_stopped()
     end(ExitClass.INTERRUPTED)
     """
     node = Rig(tmp_path, script, grace_seconds=3).start()
@@ -129,7 +128,7 @@ def test_a_hung_rank_gets_the_whole_grace_period_and_is_then_killed(tmp_path: Pa
     node.signal(signal.SIGTERM)
     code = node.wait()
     assert code == 143
-    assert 3.0 <= time.monotonic() - started < 10.0
+    assert time.monotonic() - started >= 3.0
     assert node.termination().message == (
         "stopped from outside; rank(s) 0 did not end within the grace period and were killed;"
         " no checkpoint was written by this run"
@@ -151,10 +150,9 @@ def test_a_second_interrupt_kills_the_ranks_at_once(tmp_path: Path) -> None:
     node = Rig(tmp_path, script, grace_seconds=600).start()
     node.wait_for_phase(Phase.TRAINING, ranks=2)
     node.signal(signal.SIGTERM)
-    time.sleep(0.5)
-    assert node.process.poll() is None
+    node.wait_for(lambda progress: progress.stopping, "the first signal is noticed")
     node.signal(signal.SIGINT)
-    assert node.wait(timeout=20) == 143
+    assert node.wait() == 143
 
 
 def test_sigterm_while_preparing_ends_at_once(tmp_path: Path) -> None:
@@ -162,7 +160,7 @@ def test_sigterm_while_preparing_ends_at_once(tmp_path: Path) -> None:
     while not (node.work / "launcher.json").exists():
         time.sleep(0.05)
     node.signal(signal.SIGTERM)
-    assert node.wait(timeout=20) == 143
+    assert node.wait() == 143
     assert node.termination().message == ("stopped while the launcher was in phase FetchingModel; nothing is lost")
 
 
@@ -171,7 +169,7 @@ def test_ranks_die_with_their_launcher(tmp_path: Path) -> None:
     pids = [beat.pid for beat in node.wait_for_phase(Phase.TRAINING, ranks=2).ranks]
     node.signal(signal.SIGKILL)
     node.wait()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while any(_alive(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not [pid for pid in pids if _alive(pid)]
@@ -186,12 +184,11 @@ def test_orphans_of_ranks_are_collected(tmp_path: Path) -> None:
     end(ExitClass.INTERRUPTED)
     """
     node = Rig(tmp_path, script).start()
-    node.wait_for_phase(Phase.TRAINING, ranks=2)
-    deadline = time.monotonic() + 10
-    while _zombies(node.process.pid) and time.monotonic() < deadline:
+    ranks = {beat.pid for beat in node.wait_for_phase(Phase.TRAINING, ranks=2).ranks}
+    deadline = time.monotonic() + 60
+    while _children(node.process.pid) != ranks and time.monotonic() < deadline:
         time.sleep(0.05)
-    time.sleep(0.6)
-    assert _zombies(node.process.pid) == []
+    assert _children(node.process.pid) == ranks
     node.signal(signal.SIGTERM)
     assert node.wait() == 143
 
@@ -230,12 +227,13 @@ def test_success_without_a_result_is_a_defect(tmp_path: Path) -> None:
 def _alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
 
 
-def _zombies(parent: int) -> list[int]:
-    return [pid for pid, fields in _processes() if fields[1] == str(parent) and fields[0] == "Z"]
+def _children(parent: int) -> set[int]:
+    """Zombies too."""
+    return {pid for pid, fields in _processes() if fields[1] == str(parent)}
 
 
 def _sessions(leaders: list[int]) -> list[int]:

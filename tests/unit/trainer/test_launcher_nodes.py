@@ -37,7 +37,7 @@ def test_two_launchers_meet_and_number_their_ranks_by_node(tmp_path: Path) -> No
     succeed()
     """
     first, second = start_both(Rig(tmp_path, script, nodes=2, ranks=2))
-    assert (first.wait(90), second.wait(90)) == (0, 0)
+    assert (first.wait(), second.wait()) == (0, 0)
     assert first.output == "[(0, 0, 'node-0'), (1, 1, 'node-0'), (2, 0, 'node-1'), (3, 1, 'node-1')]\n"
     assert second.output == ""
     assert first.termination().artifact_uri == "file:///out/"
@@ -58,7 +58,7 @@ def test_a_user_error_on_one_node_ends_the_other_with_the_same_verdict(tmp_path:
     succeed()
     """
     first, second = start_both(Rig(tmp_path, script, nodes=2, ranks=1))
-    assert (first.wait(90), second.wait(90)) == (11, 11)
+    assert (first.wait(), second.wait()) == (11, 11)
     for node in (first, second):
         ended = node.termination()
         assert (ended.exit_class, ended.guilty_rank) == (ExitClass.INVALID_DATA, 1)
@@ -79,7 +79,7 @@ def test_a_killed_rank_on_one_node_restarts_both(tmp_path: Path) -> None:
     succeed()
     """
     first, second = start_both(Rig(tmp_path, script, nodes=2, ranks=1))
-    assert (first.wait(120), second.wait(120)) == (0, 0)
+    assert (first.wait(), second.wait()) == (0, 0)
     for node in (first, second):
         assert "rank 1 failed (RankKilled): rank 1 was killed by SIGKILL" in node.errors
         assert sorted(path.name for path in (node.work / "logs").iterdir()) == ["attempt-1", "attempt-2"]
@@ -99,9 +99,10 @@ def test_a_lost_launcher_of_node_0_is_told(tmp_path: Path) -> None:
     script = "beat.update(phase=Phase.TRAINING)\nuntil_stopped()\nend(ExitClass.INTERRUPTED)"
     rig = Rig(tmp_path, script, nodes=2, ranks=1)
     first, second = start_both(rig)
-    second.wait_for_phase(Phase.TRAINING)
+    for node in (first, second):  # a rank that is not yet tied to its launcher would outlive it
+        node.wait_for_phase(Phase.TRAINING)
     first.signal(signal.SIGKILL)
-    assert second.wait(90) == 33
+    assert second.wait() == 33
     ended = second.termination()
     assert ended.exit_class == ExitClass.COMMUNICATION_FAILED
     assert ended.message.startswith(f"node 1 lost the rendezvous store of node 0 at {rig.endpoint} (")
@@ -129,14 +130,10 @@ def test_node_0_that_waits_for_the_others_in_vain_says_so(tmp_path: Path) -> Non
 def test_sigterm_while_waiting_for_the_other_node_ends_at_once(tmp_path: Path) -> None:
     rig = Rig(tmp_path, "succeed()", nodes=2, ranks=1, rendezvous_seconds=600)
     node = rig.start(0)
-    deadline = time.monotonic() + 40
-    while time.monotonic() < deadline:
-        if (node.work / "launcher.json").exists() and node.progress().phase == Phase.RENDEZVOUS:
-            break
-        time.sleep(0.1)
+    node.wait_for(lambda progress: progress.phase == Phase.RENDEZVOUS, "rendezvous")
     time.sleep(1.0)
     node.signal(signal.SIGTERM)
-    assert node.wait(timeout=20) == 143
+    assert node.wait() == 143
     assert node.termination().message == "stopped while the launcher was in phase Rendezvous; nothing is lost"
 
 
@@ -167,7 +164,7 @@ def test_a_launcher_whose_peer_is_stopped_waits_for_its_replacement(tmp_path: Pa
     said = second.termination()
     assert (said.gang, [end.gang for end in said.ended]) == (running.gang, [running.gang])
     replacement = rig.start(1)
-    assert (first.wait(90), replacement.wait(90)) == (0, 0)
+    assert (first.wait(), replacement.wait()) == (0, 0)
     completed = first.termination()
     assert [end.gang for end in completed.ended] == [running.gang]
     ended = completed.ended[0]
@@ -192,7 +189,7 @@ def test_every_launcher_remembers_a_restart_in_place_by_the_same_word(tmp_path: 
     end(ExitClass.INTERRUPTED)
     """
     first, second = start_both(Rig(tmp_path, script, nodes=2, ranks=1))
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while time.monotonic() < deadline:
         time.sleep(0.2)
         pages = [node.progress() for node in (first, second) if (node.work / "launcher.json").exists()]
@@ -232,7 +229,7 @@ except DistError as error:
 def test_a_store_whose_machine_says_nothing_any_more_is_lost_within_the_limit() -> None:
     """In a network of its own, whose only link goes down: no FIN, no RST. torch itself would wait 15 minutes."""
     command = ["unshare", "--user", "--map-root-user", "--net", sys.executable, "-c", POWER_CUT]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     kind, _, seconds = done.stdout.partition(" after ")
     assert kind == "DistNetworkError", done.stderr
-    assert 5 <= int(seconds.split()[0]) <= 20
+    assert 5 <= int(seconds.split()[0]) <= 60

@@ -321,9 +321,16 @@ def test_damaged_prepared_data_is_noticed_and_built_again(bench: Workbench, name
     PreparedData.open(first.directory)
 
 
-def _prepare_in_child(home: Path, said: Any) -> None:
+def _prepare_in_child(home: Path, said: Any, moment: str = "") -> None:
+    """Says what it does; at ``moment`` it stands still until it is killed."""
+
+    def say(line: str) -> None:
+        said.put(line)
+        if moment and line.startswith(moment):
+            time.sleep(600)
+
     config = trainer_config(home, {"train": [{"uri": f"file://{home}/data/train.jsonl"}]})
-    prepare(config, home / "model", said.put)
+    prepare(config, home / "model", say)
     said.put("done")
 
 
@@ -334,7 +341,7 @@ def test_a_preparer_killed_at_any_moment_leaves_nothing_half(bench: Workbench) -
     home = bench.home / "cache" / "data"
     for moment in ("tokenised", "packing"):
         said = spawn.Queue()
-        child = spawn.Process(target=_prepare_in_child, args=(bench.home, said))
+        child = spawn.Process(target=_prepare_in_child, args=(bench.home, said, moment))
         child.start()
         while not said.get(timeout=60).startswith(moment):
             pass
