@@ -77,7 +77,7 @@ _TABLE: dict[ExitClass, tuple[int, Cause, str]] = {
     ExitClass.NUMERICAL_ERROR: (14, Cause.USER, "The loss or a gradient became NaN or infinite."),
     ExitClass.OUT_OF_MEMORY: (15, Cause.USER, "A device or the host ran out of memory."),
     ExitClass.STORAGE_REFUSED: (16, Cause.USER, "Object storage refused: credentials, bucket or URI."),
-    ExitClass.CHECKPOINT_UNUSABLE: (17, Cause.USER, "No checkpoint can be used, or it was made from other data."),
+    ExitClass.CHECKPOINT_UNUSABLE: (17, Cause.USER, "No checkpoint can be used, or it was made from other input."),
     ExitClass.STORAGE_UNAVAILABLE: (30, Cause.INFRASTRUCTURE, "Object storage did not answer within the retry budget."),
     ExitClass.RANK_KILLED: (31, Cause.INFRASTRUCTURE, "A rank was killed by a signal from outside."),
     ExitClass.RENDEZVOUS_FAILED: (32, Cause.INFRASTRUCTURE, "The launchers did not find each other in time."),

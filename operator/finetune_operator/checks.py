@@ -13,7 +13,7 @@ from finetune_operator.failures import Budget, PodCause, Spent, policy, spent
 from finetune_operator.sentences import as_sentence, count, cut, decimal, enumeration
 from finetune_operator.situation import Situation, condition, run_policy
 from finetune_operator.verdict import Command, StopJob
-from finetune_operator.waiting import waiting
+from finetune_operator.waiting import PREPARING, waiting
 
 PENDING_LOOK_SECONDS = 3.0
 WAITING_LOOK_SECONDS = 10.0
@@ -296,9 +296,7 @@ def running(at: Situation) -> Judgement | None:
         return _alive(at, "Running", at.view.message)
     if at.before.state in {"Running", "Publishing"}:
         return _alive(at, at.before.state, at.before.message or "")
-    return _alive(
-        at, "Running", f"{count(at.nodes, 'pod')} {'runs' if at.nodes == 1 else 'run'}; the launchers prepare"
-    )
+    return _alive(at, "Running", f"{count(at.nodes, 'pod')} {'runs' if at.nodes == 1 else 'run'}; {PREPARING}")
 
 
 def _alive(at: Situation, state: str, message: str) -> Judgement:
@@ -352,7 +350,7 @@ def pending(at: Situation) -> Judgement | None:
         state,
         found.message,
         {
-            "PodsReady": Say(False, found.reason, found.message),
+            **(_readiness(at) if _all_ready(at) else {"PodsReady": Say(False, found.reason, found.message)}),
             "Running": Say(False, state, found.message),
             "Suspended": Say(False, state),
             "Reconciling": Say(True, state, found.message),
@@ -361,8 +359,14 @@ def pending(at: Situation) -> Judgement | None:
     )
 
 
+def _all_ready(at: Situation) -> bool:
+    return at.job is not None and at.job.ready >= at.nodes and bool(at.newest) and all(pod.ready for pod in at.newest)
+
+
 def _pending_seconds(at: Situation) -> float:
-    waited = (at.now - at.job.created).total_seconds() if at.job else 0.0
+    waited = (at.now - (at.job.resumed or at.job.created)).total_seconds() if at.job else 0.0
+    if _all_ready(at):  # their launchers meet in seconds, or after minutes of fetching a model: no event tells us
+        return min(max(FIRST_PROGRESS_SECONDS, waited / 5), WAITING_LOOK_SECONDS)
     return max(0.5, PENDING_LOOK_SECONDS - waited) if waited < PENDING_LOOK_SECONDS else WAITING_LOOK_SECONDS
 
 

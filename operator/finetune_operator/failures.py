@@ -67,7 +67,9 @@ POLICIES: Mapping[str, Policy] = {
     ExitClass.OUT_OF_MEMORY: Policy(Budget.NEVER, 0, "a device or the container ran out of memory"),
     PodCause.OUT_OF_SPACE: Policy(Budget.NEVER, 0, "a pod wrote more than its scratch space or shared memory holds"),
     ExitClass.STORAGE_REFUSED: Policy(Budget.NEVER, 0, "object storage refused"),
-    ExitClass.CHECKPOINT_UNUSABLE: Policy(Budget.NEVER, 0, "no checkpoint can be used, or it was made from other data"),
+    ExitClass.CHECKPOINT_UNUSABLE: Policy(
+        Budget.NEVER, 0, "no checkpoint can be used, or it was made from other input"
+    ),
     # infrastructure that may be better next time, within the owner's patience
     ExitClass.RANK_KILLED: Policy(Budget.FAILURES, 0, "a process was killed"),
     ExitClass.STORAGE_UNAVAILABLE: Policy(Budget.FAILURES, 0, "object storage did not answer"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from finetune_api.exits import ExitClass
 from finetune_api.report import Phase
@@ -22,6 +22,7 @@ from finetune_operator.progress_view import STEPPING
 from finetune_operator.sentences import ATTEMPT_LENGTH, cut, time_text
 
 KEPT = 20
+_CLOCKS_APART = timedelta(seconds=3)  # of nodes
 _STEPPING = {phase.value for phase in (*STEPPING, Phase.PUBLISHING)}
 
 
@@ -80,19 +81,23 @@ class _Book:
             return
         place = self._place(end)
         if place is None:
-            if self._is_open_since_before(end):
-                self._close(end.started_at or end.created or end.ended_at)
-            self.total += 1
-            self.entries.append(_entry(self.total, end))
-            place = len(self.entries) - 1
+            place = self._enter(end)
         self.entries[place] = self._merged(self.entries[place], end)
         if end.uid:
             self._move({end.uid}, place)
 
-    def _is_open_since_before(self, end: End) -> bool:
-        """Whether the last attempt seems to run although ``end`` is that of a later one: two looks were far apart."""
-        started = parse_time(self.last.started_at) if self.last is not None else None
-        return self.last is not None and self.last.ended_at is None and (started is None or started <= end.ended_at)
+    def _enter(self, end: End) -> int:
+        """The place of a new entry: the last one, or before the attempt that runs now if it began after ``end``."""
+        self.total += 1
+        last = self.last
+        if last is not None and last.ended_at is None:
+            started = parse_time(last.started_at)
+            if started is not None and started > end.ended_at:
+                self.entries[-1:] = [_entry(last.number, end), last.model_copy(update={"number": self.total})]
+                return len(self.entries) - 2
+            self._close(end.started_at or end.created or end.ended_at)  # it ended unseen: two looks were far apart
+        self.entries.append(_entry(self.total, end))
+        return len(self.entries) - 1
 
     def _close(self, when: datetime) -> None:
         """The last attempt ended unseen, at ``when`` at the latest."""
@@ -111,14 +116,16 @@ class _Book:
         by_pod = self._where(lambda entry: end.uid != "" and end.uid in entry.pods)
         if by_pod is not None and (not end.gang or not self.entries[by_pod].gang):
             return by_pod
-        last = self.last
-        if last is None or (end.gang and last.gang):
+        at = len(self.entries) - 1
+        if at >= 0 and _began_after(self.entries[at], end):
+            at -= 1
+        if at < 0 or (end.gang and self.entries[at].gang):
             return None
-        ended_at = parse_time(last.ended_at)
+        ended_at = parse_time(self.entries[at].ended_at)
         if ended_at is None:
-            return len(self.entries) - 1
+            return at
         existed = end.created or end.started_at
-        return len(self.entries) - 1 if existed is not None and existed <= ended_at else None
+        return at if existed is not None and existed <= ended_at else None
 
     def _of_gang(self, gang: str) -> int | None:
         return self._where(lambda entry: gang != "" and entry.gang == gang)
@@ -277,6 +284,14 @@ class _Book:
 def _entry(number: int, end: End) -> StatusAttempt:
     started = end.started_at or end.created
     return StatusAttempt(number=number, started_at=time_text(started) if started else None, gang=end.gang or None)
+
+
+def _began_after(entry: StatusAttempt, end: End) -> bool:
+    """Whether the attempt that runs began when a pod that nobody had seen was dead already; launchers date it."""
+    started = parse_time(entry.started_at)
+    if entry.ended_at is not None or not entry.gang or started is None:
+        return False
+    return end.ended_at + _CLOCKS_APART < started
 
 
 def _is_over(observed: Observed, gang: str) -> bool:

@@ -15,6 +15,8 @@ _REFUSED = re.compile(r"violates PodSecurity|admission webhook|is forbidden|Fail
 _IMAGE_REASONS = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable"}
 _CONFIG_REASONS = {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}
 
+PREPARING = "the launchers prepare"
+
 
 @dataclass(frozen=True)
 class Waiting:
@@ -151,8 +153,9 @@ def _starting(_: Observed, newest: Sequence[PodView]) -> Waiting | None:
 def _not_ready(observed: Observed, newest: Sequence[PodView]) -> Waiting | None:
     assert observed.job is not None
     names = [pod.name for pod in newest if not pod.ready]
-    if not names:
-        return Waiting("PodsStarting", f"waiting for {count(observed.job.nodes, 'pod')} to be ready")
+    if not names:  # an attempt begins when the launchers have met
+        few = observed.job.nodes == 1
+        return Waiting("PodsStarting", f"{count(observed.job.nodes, 'pod')} {'runs' if few else 'run'}; {PREPARING}")
     return Waiting("PodsStarting", f"waiting for {enumeration(names)} to be ready")
 
 

@@ -878,6 +878,23 @@ def test_logs_follow_a_rank_across_replaced_pods_and_broken_connections(
     ]
 
 
+def test_a_stream_that_breaks_amid_old_lines_loses_none_of_them(
+    shell: Shell, kube: Kube, bot: str, kubelet: LogKubelet
+) -> None:
+    be_operator(kube, bot, running())
+    log = run_pod(kube, kubelet, bot, 0, "aaaaa")
+    began = datetime.now(UTC) - timedelta(hours=2)
+    log.lines += [(began + timedelta(minutes=number), f"step {number}") for number in range(60)]
+    log.break_after = 20
+    process = shell.start("logs", bot)
+    read = Reading(process.stdout)
+    read.until(kube, *(f"step {number}" for number in range(60)))
+    end_pod(kube, kubelet, f"ftj-{bot}-0-aaaaa", None, 0)
+    be_operator(kube, bot, complete())
+    assert process.wait(60) == 0
+    assert len(read.lines) == 60
+
+
 def test_logs_go_on_behind_a_pod_that_its_kubelet_refused(
     shell: Shell, kube: Kube, bot: str, kubelet: LogKubelet
 ) -> None:

@@ -150,7 +150,7 @@ class LocalCluster:
                 if not node.component_runs(self.layout, each, component):
                     self.start_component(each.name, component)
                     silent[each.name] = spoke
-        if "s3" not in processes.recorded(self.layout):
+        if not self.s3_runs():
             self.start_s3()
         for name, spoke in silent.items():
             wait_for(lambda n=name, s=spoke: self._last_word(n) != s, 60, f"node {name} does not speak again")
@@ -167,6 +167,9 @@ class LocalCluster:
     def s3(self) -> S3Server:
         """Buckets, files of objects, ``environment`` with the endpoint for host and pods; do not start or stop it."""
         return object_storage.server(self.layout)
+
+    def s3_runs(self) -> bool:
+        return "s3" in processes.recorded(self.layout)
 
     def stop_s3(self) -> None:
         """Connections are refused from now on."""

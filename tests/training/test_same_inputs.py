@@ -81,6 +81,29 @@ def test_data_that_changed_since_the_checkpoint_is_refused_by_name(ground: Groun
     assert done.report["attempts"][-1]["resumedFromStep"] == 6
 
 
+@pytest.mark.multiprocess
+def test_weights_that_were_overwritten_since_the_checkpoint_are_refused_by_name(ground: Ground) -> None:
+    """A base model at an address that says nothing of its content: a directory, or a prefix in object storage."""
+
+    def job(tag: str, **more: Any) -> Job:
+        return Job(tag, METHODS["LoRA"], ENGINES["DDP"], SETTINGS, output="one", **more)
+
+    kept = shutil.copytree(ground.model, ground.folder / "kept")
+    ground.run([job("begun", cut=6, stop_after_cut=True)], 1)
+    newer = build_model(ground.folder / "newer", seed=7)
+    shutil.copy(newer / "model.safetensors", ground.model / "model.safetensors")
+    refused = job("refused", fails=True)
+    ground.run([refused], 1)
+    name, message = ground.failure(refused)
+    assert (name, message.partition("; ")[0].partition(" was made from ")[2]) == (
+        "CheckpointError",
+        "other input: model.safetensors of spec.model has changed",
+    )
+    shutil.copy(kept / "model.safetensors", ground.model / "model.safetensors")
+    (ground.model / "README.md").write_text("a document may change\n")
+    assert ground.run([job("restored")], 1)["restored"].report["attempts"][-1]["resumedFromStep"] == 6
+
+
 def _start(ground: Ground, job: Job, hub: Hub, node: str) -> subprocess.Popen[bytes]:
     """A launcher with one rank, on a node with its own cache."""
     with socket.socket() as probe:

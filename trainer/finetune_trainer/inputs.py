@@ -5,24 +5,33 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from finetune_api.errors import CheckpointError, DataError
-from finetune_api.plan import Plan
 from finetune_trainer.data import PreparedData
+from finetune_trainer.model_files import fingerprints
+from finetune_trainer.worker_config import WorkerConfig
 
-_MODEL = "the commit of spec.model"
+_MODEL = "spec.model"
+_COMMIT = f"the commit of {_MODEL}"
 _SHOWN = 4
 
 
-def made_from(plan: Plan, data: PreparedData) -> dict[str, str]:
-    """Every data file with its sha256, and the commit of a hub model; by the words that messages use."""
+def made_from(config: WorkerConfig, data: PreparedData) -> dict[str, str]:
+    """Every data file with its sha256; the commit of a hub model, or each file of another one with its fingerprint.
+
+    By the words that messages use.
+    """
     found = {
         f"{file['name']} of {source['source']}": str(file["sha256"])
         for source in data.counts["sources"]
         for file in source["files"]
     }
-    return {**found, _MODEL: plan.model_revision} if plan.model_revision else found
+    if commit := config.trainer.plan.model_revision:
+        return {**found, _COMMIT: commit}
+    model = fingerprints(config.trainer, Path(config.model_directory))
+    return {**found, **{f"{name} of {_MODEL}": digest for name, digest in model.items()}}
 
 
 def check_ranks_agree(own: Mapping[str, str], gather: Callable[[Any], Sequence[Any]]) -> None:
@@ -45,11 +54,15 @@ def check_ranks_agree(own: Mapping[str, str], gather: Callable[[Any], Sequence[A
 
 
 def check_unchanged(uri: str, then: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """A checkpoint counts rows, so it goes on with the very rows it was made from. Old ones do not name them.
+    """A checkpoint counts rows of data and holds changes to a model: it goes on with the very ones it was made from.
+
+    Old ones name no rows, or no files of the model: what they do not name is not compared.
 
     Raises:
         CheckpointError: something changed since ``uri`` was written.
     """
+    if not any(name.endswith(f" of {_MODEL}") for name in then):
+        now = {name: digest for name, digest in now.items() if not name.endswith(f" of {_MODEL}")}
     if then and then != now:
         raise CheckpointError(
             f"The checkpoint {uri} was made from other input: {_listed(then, now)}; "

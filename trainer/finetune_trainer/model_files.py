@@ -25,6 +25,7 @@ from finetune_trainer.safetensors_check import check_weights
 
 Progress = Callable[[str, float | None, float | None], None]  # what, bytes on local disk, bytes in all
 
+DOCUMENT_PATTERNS = ("README.md", "LICENSE*")
 DESCRIPTION_PATTERNS = (
     "config.json",
     "generation_config.json",
@@ -41,8 +42,7 @@ DESCRIPTION_PATTERNS = (
     "chat_template.jin*",
     "chat_template.json",
     "additional_chat_templates/*.jinja",
-    "README.md",
-    "LICENSE*",
+    *DOCUMENT_PATTERNS,
 )
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 CODE_PATTERNS = ("*.py",)
@@ -50,6 +50,7 @@ _NEVER = ("consolidated*.safetensors", "adapter_model.safetensors")  # a second 
 _BELOW = ("*/*.safetensors", "*/*.json", "*/*.model", "*/*.py")  # the hub's patterns cross directories
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _WORKERS = 4
+_BLOCKS, _BLOCK_BYTES = 64, 65536  # of a fingerprint
 _DOWNLOADING = "downloading model files (bytes)"
 
 
@@ -119,6 +120,29 @@ def describe_base_model(config: TrainerConfig, directory: Path) -> dict[str, Any
     if licence := stated_licence(directory):
         described["licence"] = licence
     return described
+
+
+def fingerprints(config: TrainerConfig, directory: Path) -> dict[str, str]:
+    """What training reads of the base model, file -> sha256: of weights over their size and blocks spread over them.
+
+    Other weights differ in every block; reading all of a large model once more would cost minutes. Documents
+    (README.md, licences) may change.
+    """
+    patterns = [pattern for pattern in wanted_patterns(config) if pattern not in DOCUMENT_PATTERNS]
+    files = [file for file in sorted(directory.iterdir()) if file.is_file() and not _matches(file.name, _NEVER)]
+    return {file.name: _fingerprint(file) for file in files if _matches(file.name, patterns)}
+
+
+def _fingerprint(file: Path) -> str:
+    size = file.stat().st_size
+    if size <= _BLOCKS * _BLOCK_BYTES:
+        return file_digest(file)[0]
+    digest = hashlib.sha256(str(size).encode())
+    with file.open("rb") as content:
+        for number in range(_BLOCKS):  # the first one has the header, the last one ends with the file
+            content.seek((size - _BLOCK_BYTES) * number // (_BLOCKS - 1))
+            digest.update(content.read(_BLOCK_BYTES))
+    return digest.hexdigest()
 
 
 def stated_licence(directory: Path) -> str | None:

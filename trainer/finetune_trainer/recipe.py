@@ -98,7 +98,7 @@ class Run:
         self.heartbeat.update(phase=Phase.LOADING_MODEL, total_steps=self.total_steps)
         restored = self.checkpointer.newest()
         reader = CheckpointReader(restored.directory) if restored else None
-        made_from = inputs.made_from(self.plan, self.data)
+        made_from = inputs.made_from(self.config, self.data)
         inputs.check_ranks_agree(made_from, self.context.gather)
         if restored and reader:
             uri = self.checkpointer.store.uri(restored.manifest.step)

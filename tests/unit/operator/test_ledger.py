@@ -238,6 +238,28 @@ def test_the_whole_ledger_is_rebuilt_when_the_operator_slept_through_everything(
     assert awake.attempts("number", "cause") == [(1, "StorageUnavailable"), (2, "StorageUnavailable"), (3, None)]
 
 
+def test_an_attempt_that_is_heard_of_only_after_the_next_one_has_begun_stands_before_it() -> None:
+    """The first look came late and saw the launchers only; the second one sees the dead pods."""
+    lost = over("g1", ExitClass.COMMUNICATION_FAILED, 5, "a peer was lost", started_at=at(1).timestamp())
+    word = said(ExitClass.STORAGE_UNAVAILABLE, "s3 did not answer", ended=(lost,))
+    pods = [dead(pod(0), 5, 137), dead(pod(1), 6, 30, word)]
+    pods += [pod(n, "b", created=at(11), started=at(12)) for n in (0, 1)]
+    pages = [page(n, "g2", attempt_started_at=at(13).timestamp()) for n in (0, 1)]
+    life = Life()
+    life.look(0, job())
+    life.look(14, job(ready=2, failed=2), None, pages)
+    assert life.attempts("number", "gang", "endedAt") == [(1, "g2", None)]
+    life.look(15, job(ready=2, failed=2), pods, pages)
+    assert life.attempts("number", "gang", "startedAt", "endedAt") == [
+        (1, "g1", text(1), text(5)),
+        (2, "g2", text(13), None),
+    ]
+    assert life.status["totalAttempts"] == 2
+    told = list(life.told)
+    life.look(16, job(ready=2, failed=2), pods, pages)
+    assert (life.status["totalAttempts"], life.told) == (2, told)
+
+
 def test_the_last_twenty_attempts_are_listed_and_all_are_counted() -> None:
     life = Life(spec={"runPolicy": {"maxRestarts": 100}})
     life.run()

@@ -9,6 +9,7 @@ import pytest
 from tests.unit.operator.job_life import URI, Life, at, dead, job, new_pod, over, page, pod, said, text
 
 from finetune_api.exits import ExitClass
+from finetune_api.report import Phase
 from finetune_operator.observe import job_view
 
 LEAVING = [replace(pod(n), deleted=at(140), asked_to_go=at(20)) for n in (0, 1)]
@@ -94,3 +95,28 @@ def test_when_a_job_was_suspended_and_resumed_is_read_from_its_condition() -> No
 
     assert seen("True") == (True, None)
     assert seen("False") == (False, at(7))
+
+
+def test_a_resumed_job_whose_pods_are_ready_is_looked_at_again_soon_until_its_launchers_have_met() -> None:
+    life = suspending()
+    life.look(26, job(suspended=True, active=0), [])
+    suspend(life, False)
+    resumed = job(ready=2, resumed=at(30))
+    new = [pod(n, "b", created=at(30), started=at(32)) for n in (0, 1)]
+    said = []
+    for seconds in (33, 35, 60, 600):
+        verdict = life.look(seconds, resumed, new, [page(n, "", phase=Phase.FETCHING_MODEL) for n in (0, 1)])
+        said.append((life.status["state"], life.status["message"], verdict.look_again_seconds))
+    preparing = ("Starting", "2 pods run; the launchers prepare")
+    assert said == [(*preparing, seconds) for seconds in (2.0, 2.0, 6.0, 10.0)]
+    assert life.condition("PodsReady") == ("True", "Ready", "2 pods are ready")
+    life.look(601, resumed, new, [page(n, "g2", 9, resumed_from_step=9) for n in (0, 1)])
+    assert life.status["state"] == "Running"
+
+
+def test_a_resumed_job_says_within_seconds_what_its_pods_wait_for() -> None:
+    life = suspending()
+    life.look(26, job(suspended=True, active=0), [])
+    suspend(life, False)
+    looks = [life.look(seconds, job(resumed=at(600)), [new_pod(0, "b", created=at(600))]) for seconds in (601, 604)]
+    assert [verdict.look_again_seconds for verdict in looks] == [2.0, 10.0]

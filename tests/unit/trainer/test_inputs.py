@@ -78,3 +78,10 @@ def test_many_changes_are_counted() -> None:
 
 def test_a_checkpoint_that_names_no_input_is_taken_as_it_is() -> None:
     check_unchanged("s3://b/c/", {}, FIRST)
+
+
+def test_a_checkpoint_that_names_no_file_of_the_model_is_judged_by_its_data_alone() -> None:
+    model = {"config.json of spec.model": "1", "model.safetensors of spec.model": "2"}
+    check_unchanged("s3://b/c/", FIRST, {**FIRST, **model})
+    with pytest.raises(CheckpointError, match=r"model\.safetensors of spec\.model has changed; input must"):
+        check_unchanged("s3://b/c/", {**FIRST, **model}, {**FIRST, **model, "model.safetensors of spec.model": "3"})

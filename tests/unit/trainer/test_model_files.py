@@ -17,7 +17,7 @@ from finetune_api.planner import make_plan
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.trainer_config import JobIdentity, Rendezvous, TrainerConfig
 from finetune_storage import ObjectStore
-from finetune_trainer.model_files import describe_base_model, fetch_model
+from finetune_trainer.model_files import describe_base_model, fetch_model, fingerprints
 
 
 @pytest.fixture(scope="module")
@@ -274,3 +274,37 @@ def test_a_base_model_is_described_with_its_licence(model: Path, tmp_path: Path)
 def test_an_unstated_licence_is_left_out(model: Path, tmp_path: Path, readme: str) -> None:
     (model / "README.md").write_text(readme)
     assert "licence" not in describe_base_model(_config(f"file://{model}", tmp_path), model)
+
+
+def test_the_fingerprint_is_of_what_is_trained_from_and_of_its_content_alone(model: Path, tmp_path: Path) -> None:
+    config = _config(f"file://{model}", tmp_path)
+    (model / "README.md").write_text("a document")
+    (model / "optimizer.pt").write_text("not ours")
+    (model / "consolidated.safetensors").write_text("the weights once more")
+    before = fingerprints(config, model)
+    assert {"config.json", "tokenizer.json", "model.safetensors"} <= before.keys()
+    assert not {"README.md", "optimizer.pt", "consolidated.safetensors"} & before.keys()
+    assert fingerprints(config, shutil.copytree(model, tmp_path / "copy")) == before
+    content = bytearray((model / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (model / "model.safetensors").write_bytes(content)
+    assert {name for name, digest in fingerprints(config, model).items() if digest != before[name]} == {
+        "model.safetensors"
+    }
+
+
+@pytest.mark.parametrize("share", [0.0, 0.31, 0.74, 1.0])
+def test_large_weights_are_sampled_from_their_first_byte_to_their_last(
+    model: Path, tmp_path: Path, share: float
+) -> None:
+    config, weights = _config(f"file://{model}", tmp_path), model / "model.safetensors"
+    size = 40_000_001
+    weights.write_bytes(bytes(size))
+    before = fingerprints(config, model)["model.safetensors"]
+    start = int((size - 1_000_000) * share)  # another tensor of a megabyte
+    with weights.open("r+b") as content:
+        content.seek(start)
+        content.write(b"\1" * 1_000_000)
+    changed = fingerprints(config, model)["model.safetensors"]
+    weights.write_bytes(bytes(size + 1))
+    assert len({before, changed, fingerprints(config, model)["model.safetensors"]}) == 3
