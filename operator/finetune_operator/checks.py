@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 
 from finetune_api.report import Phase, Termination
 from finetune_api.status import StatusArtifacts, StatusAttempt, StatusMetrics
 from finetune_operator.conditions import Say
 from finetune_operator.ends import publisher
 from finetune_operator.failures import Budget, PodCause, Spent, policy, spent
+from finetune_operator.observe import parse_time
+from finetune_operator.progress_view import PHASE_WORDS
 from finetune_operator.sentences import as_sentence, count, cut, decimal, enumeration
 from finetune_operator.situation import Situation, condition, run_policy
 from finetune_operator.verdict import Command, StopJob
-from finetune_operator.waiting import PREPARING, waiting
+from finetune_operator.waiting import PREPARING, Waiting, waiting
 
 PENDING_LOOK_SECONDS = 3.0
 WAITING_LOOK_SECONDS = 10.0
@@ -255,7 +258,7 @@ def restarting(at: Situation) -> Judgement | None:
     checkpoint = at.checkpoint()
     place = f"step {checkpoint.step} or later" if checkpoint else "the beginning"
     if at.job is not None and at.job.ready >= at.nodes and at.view is not None:
-        now = Say(False, "Restarting", at.view.message)
+        now = Say(False, "Restarting", PHASE_WORDS[at.view.phase])
     elif at.observed.pods is None and at.before.state == "Restarting":
         return _unchanged(at)
     else:
@@ -271,7 +274,7 @@ def restarting(at: Situation) -> Judgement | None:
             "Suspended": Say(False, "Restarting"),
             "Reconciling": Say(True, "Restarting", f"attempt {last.number} ended: {why}"),
         },
-        look_again_seconds=RESTARTING_LOOK_SECONDS,
+        look_again_seconds=_meeting_seconds(at, parse_time(last.ended_at)) or RESTARTING_LOOK_SECONDS,
     )
 
 
@@ -344,6 +347,8 @@ def pending(at: Situation) -> Judgement | None:
     ):
         return Judgement(at.before.state, at.before.message, {}, look_again_seconds=_pending_seconds(at))
     found = waiting(at.observed, at.newest)
+    if _all_ready(at) and at.view is not None:
+        found = Waiting(found.reason, PHASE_WORDS[at.view.phase])
     started = any(pod.started is not None and not pod.ended for pod in at.newest)
     state = "Starting" if started else "Pending"
     return Judgement(
@@ -364,10 +369,22 @@ def _all_ready(at: Situation) -> bool:
 
 
 def _pending_seconds(at: Situation) -> float:
-    waited = (at.now - (at.job.resumed or at.job.created)).total_seconds() if at.job else 0.0
-    if _all_ready(at):  # their launchers meet in seconds, or after minutes of fetching a model: no event tells us
-        return min(max(FIRST_PROGRESS_SECONDS, waited / 5), WAITING_LOOK_SECONDS)
+    began = (at.job.resumed or at.job.created) if at.job else None
+    if soon := _meeting_seconds(at, began):
+        return soon
+    waited = (at.now - began).total_seconds() if began else 0.0
     return max(0.5, PENDING_LOOK_SECONDS - waited) if waited < PENDING_LOOK_SECONDS else WAITING_LOOK_SECONDS
+
+
+def _meeting_seconds(at: Situation, since: datetime | None) -> float | None:
+    """Until the next look at pods that are all ready: no event tells that their launchers have met.
+
+    That takes seconds, or minutes where they fetch a model.
+    """
+    if not _all_ready(at):
+        return None
+    waited = (at.now - since).total_seconds() if since else 0.0
+    return min(max(FIRST_PROGRESS_SECONDS, waited / 5), WAITING_LOOK_SECONDS)
 
 
 CHECKS: tuple[Check, ...] = (

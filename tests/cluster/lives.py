@@ -35,6 +35,7 @@ from tests.cluster.workshop import (
     Workshop,
     operator_pod,
     rank_process,
+    steps,
     storage_environment,
     workshop,
 )
@@ -149,7 +150,7 @@ def _prepare(shop: Workshop, lives: Lives) -> None:
 
 def _play(shop: Workshop, lives: Lives) -> None:
     validation = {"validation": {"fraction": 0.2}}
-    blocks = shop.slow(800, checkpoint={"everySteps": 50}, runPolicy={"ttlSecondsAfterFinished": 3600})
+    blocks = shop.slow(max(800, steps()), checkpoint={"everySteps": 50}, runPolicy={"ttlSecondsAfterFinished": 3600})
     blocks["training"]["evaluateEverySteps"] = 50
     shop.submit(shop.manifest("whole", "LoRA", "DDP", dataset=validation, **blocks))
     stranger = {"credentials": {"secretName": STRANGERS}}

@@ -18,7 +18,6 @@ from tests.cluster.workshop import (
     EVERY,
     GRACE_SECONDS,
     RELEASE,
-    STEPS,
     SYSTEM,
     Adapter,
     Workshop,
@@ -26,6 +25,7 @@ from tests.cluster.workshop import (
     installed,
     operator_pod,
     rank_process,
+    steps,
 )
 
 
@@ -217,7 +217,7 @@ def test_neither_a_short_partition_nor_lost_storage_nor_a_dead_operator_nor_an_u
         print(f"the new operator sees it go on {time.monotonic() - story.struck:.1f} s later")
         status = story.complete()
     assert uids(fault_shop) == before, "no training pod was started again"
-    assert facts(status, "cause", "lastStep") == [("Completed", STEPS)]
+    assert facts(status, "cause", "lastStep") == [("Completed", steps())]
     assert fault_shop.adapter(status, tmp_path / "artifact") == calm
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +35,7 @@ GRACE_SECONDS = 15  # of a training pod; 120 by default, but a tiny job's checkp
 
 # The job that several tests live through, undisturbed or not: its adapter is always the same.
 EVERY = 20  # steps between checkpoints
-STEPS = 600  # about 20 s on two free cores
+SECONDS = 14  # that it trains for, about, on two free cores: see `steps`
 FILES = ("adapter_model.safetensors", "adapter_config.json")
 
 Adapter = dict[str, bytes]
@@ -121,6 +124,33 @@ def storage_environment(cluster: LocalCluster) -> dict[str, str]:
     return dict(cluster.s3().environment)
 
 
+@functools.cache
+def steps() -> int:
+    """Of the long job: some SECONDS of training whatever this machine can do today, the same number in all of a run.
+
+    A fault must come before its end, and an operator that looks every two seconds must see each of its attempts.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory() as folder:
+        model = AutoModelForCausalLM.from_pretrained(build_model(Path(folder)))
+    optimizer = torch.optim.AdamW(model.parameters())
+    tokens = torch.ones((4, 64), dtype=torch.long)
+
+    def seconds(number: int) -> float:
+        began = time.monotonic()
+        for _ in range(number):
+            model(input_ids=tokens, labels=tokens).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return time.monotonic() - began
+
+    seconds(10)
+    a_second = 0.35 * 40 / seconds(40)  # a rank does as much once more: gradients to its peer, checkpoints, reports
+    return max(600, round(SECONDS * a_second / EVERY) * EVERY)
+
+
 class Workshop:
     """Jobs of one test in a namespace of its own, with the bucket's Secret in it."""
 
@@ -164,13 +194,13 @@ class Workshop:
             "spec": spec,
         }
 
-    def slow(self, steps: int = STEPS, **blocks: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        """Blocks of a job that trains long enough to be disturbed (10 to 30 steps a second) and checkpoints often."""
-        training = {"maxSteps": steps, "globalBatchSize": 8, "precision": "FP32", "learningRate": 3e-3}
+    def slow(self, number: int | None = None, **blocks: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """Blocks of a job that trains long enough to be disturbed and checkpoints often."""
+        training = {"maxSteps": number or steps(), "globalBatchSize": 8, "precision": "FP32", "learningRate": 3e-3}
         return {"training": training, "checkpoint": {"everySteps": EVERY}, **blocks}
 
     def long_job(self) -> dict[str, Any]:
-        """``job``: of STEPS steps, with a checkpoint after EVERY."""
+        """``job``: of `steps` steps, with a checkpoint after EVERY."""
         return self.manifest("job", "LoRA", "DDP", **self.slow())
 
     # ---- life

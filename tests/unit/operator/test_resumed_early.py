@@ -107,7 +107,7 @@ def test_a_resumed_job_whose_pods_are_ready_is_looked_at_again_soon_until_its_la
     for seconds in (33, 35, 60, 600):
         verdict = life.look(seconds, resumed, new, [page(n, "", phase=Phase.FETCHING_MODEL) for n in (0, 1)])
         said.append((life.status["state"], life.status["message"], verdict.look_again_seconds))
-    preparing = ("Starting", "2 pods run; the launchers prepare")
+    preparing = ("Starting", "fetching the model")
     assert said == [(*preparing, seconds) for seconds in (2.0, 2.0, 6.0, 10.0)]
     assert life.condition("PodsReady") == ("True", "Ready", "2 pods are ready")
     life.look(601, resumed, new, [page(n, "g2", 9, resumed_from_step=9) for n in (0, 1)])
