@@ -201,7 +201,13 @@ def test_five_requests_until_a_job_runs(there: Stage) -> None:
     there.kube.create(job())
     life.until_state("Running")
     there.kube.wait(lambda: "Running" in events_of(there.kube), "it is told that the job runs")
-    told = max(at for at, one in enumerate(there.proxy.seen) if _word(one) == "POST events")
+    reasons = len(events_of(there.kube))
+
+    def tellings() -> list[int]:
+        return [at for at, one in enumerate(there.proxy.seen) if _word(one) == "POST events"]
+
+    there.kube.wait(lambda: len(tellings()) >= reasons, "the proxy has noted what it has passed on")
+    told = max(tellings())
     requests = [one for one in there.proxy.seen[before : told + 1] if not one.is_watch and one.resource != "leases"]
     counted = Counter(_word(one) for one in requests)
     print(dict(counted))
