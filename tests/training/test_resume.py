@@ -6,7 +6,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -108,10 +107,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(ground: Ground) -> None:
 @contextmanager
 def started(ground: Ground, job: Job) -> Iterator[subprocess.Popen[bytes]]:
     """A real launcher with two ranks, as a pod would run it; killed (its ranks die with it) if a test gives up."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    rendezvous = Rendezvous(endpoint=f"127.0.0.1:{port}", minimum_nodes=1, maximum_nodes=1, timeout_seconds=120)
+    rendezvous = Rendezvous(endpoint="127.0.0.1:0", minimum_nodes=1, maximum_nodes=1, timeout_seconds=120)
     config = ground.trainer_config(job, 2).model_copy(update={"rendezvous": rendezvous})
     path = ground.work(job).with_suffix(".json")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -106,10 +105,7 @@ def test_weights_that_were_overwritten_since_the_checkpoint_are_refused_by_name(
 
 def _start(ground: Ground, job: Job, hub: Hub, node: str) -> subprocess.Popen[bytes]:
     """A launcher with one rank, on a node with its own cache."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
-    rendezvous = Rendezvous(endpoint=endpoint, minimum_nodes=1, maximum_nodes=1, timeout_seconds=120)
+    rendezvous = Rendezvous(endpoint="127.0.0.1:0", minimum_nodes=1, maximum_nodes=1, timeout_seconds=120)
     cache = ground.folder / node
     changed = {"rendezvous": rendezvous, "cache_directory": str(cache)}
     config = ground.trainer_config(job, 1).model_copy(update=changed)

@@ -180,7 +180,8 @@ class Rig:
     environment: dict[str, str] | None = None
 
     def start(self, node_rank: int = 0) -> Node:
-        self.endpoint = self.endpoint or f"127.0.0.1:{free_port()}"
+        port = 0 if self.nodes == 1 else free_port()  # nobody else can take a port that is bound as it is chosen
+        self.endpoint = self.endpoint or f"127.0.0.1:{port}"
         work = self.directory / f"node-{node_rank}"
         config = TrainerConfig(
             job=JobIdentity(name="job", uid="0" * 16),
