@@ -347,7 +347,7 @@ def pending(at: Situation) -> Judgement | None:
     ):
         return Judgement(at.before.state, at.before.message, {}, look_again_seconds=_pending_seconds(at))
     found = waiting(at.observed, at.newest)
-    if _all_ready(at) and at.view is not None:
+    if at.all_ready and at.view is not None:
         found = Waiting(found.reason, PHASE_WORDS[at.view.phase])
     started = any(pod.started is not None and not pod.ended for pod in at.newest)
     state = "Starting" if started else "Pending"
@@ -355,17 +355,13 @@ def pending(at: Situation) -> Judgement | None:
         state,
         found.message,
         {
-            **(_readiness(at) if _all_ready(at) else {"PodsReady": Say(False, found.reason, found.message)}),
+            **(_readiness(at) if at.all_ready else {"PodsReady": Say(False, found.reason, found.message)}),
             "Running": Say(False, state, found.message),
             "Suspended": Say(False, state),
             "Reconciling": Say(True, state, found.message),
         },
         look_again_seconds=_pending_seconds(at),
     )
-
-
-def _all_ready(at: Situation) -> bool:
-    return at.job is not None and at.job.ready >= at.nodes and bool(at.newest) and all(pod.ready for pod in at.newest)
 
 
 def _pending_seconds(at: Situation) -> float:
@@ -381,7 +377,7 @@ def _meeting_seconds(at: Situation, since: datetime | None) -> float | None:
 
     That takes seconds, or minutes where they fetch a model.
     """
-    if not _all_ready(at):
+    if not at.all_ready:
         return None
     waited = (at.now - since).total_seconds() if since else 0.0
     return min(max(FIRST_PROGRESS_SECONDS, waited / 5), WAITING_LOOK_SECONDS)

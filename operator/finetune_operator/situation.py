@@ -51,6 +51,12 @@ class Situation:
         return "/".join((*parts, ""))
 
     @property
+    def all_ready(self) -> bool:
+        """Whether every pod was seen ready; an attempt begins when their launchers have met."""
+        ready = self.job is not None and self.job.ready >= self.nodes
+        return ready and bool(self.newest) and all(pod.ready for pod in self.newest)
+
+    @property
     def stopping(self) -> bool:
         """Whether its pods are asked to go away."""
         return stopping(self.observed)
