@@ -10,7 +10,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from tests.builders import build_model, conversations, write_jsonl
@@ -56,8 +56,7 @@ def test_a_run_ends_with_a_verified_artifact_and_one_json_object_and_is_not_repe
     assert sha256 == artifacts["manifestSha256"]
     assert manifest.job["name"] == "first"
     assert Path(result["reportPath"]).read_text(encoding="utf-8").startswith("<!")
-    for words in ("loading model", "training", "step 6/6", "validation loss"):
-        assert words in ended.stderr
+    assert re.search(r"^done, step 6/6, loss \d\.\d{4}, validation loss \d\.\d{4}\b", ended.stderr, re.M), ended.stderr
     assert "\x1b" not in ended.stderr
 
     shown = finetune("report", result["runDirectory"], cwd=folder)
@@ -81,6 +80,9 @@ def test_ctrl_c_writes_a_checkpoint_says_how_to_go_on_and_the_next_run_resumes(f
         text=True,
         env=environment(),
     )
+    assert running.stderr is not None
+    shown = first_line_with(running.stderr, "training, step ")
+    assert re.fullmatch(r"training, step \d+/100000(, .*)?\n", shown)
     step = wait_for_step(folder, 3)
     twice = finetune("run", "long.yaml", cwd=folder)
     assert twice.returncode == 10
@@ -102,6 +104,16 @@ def test_ctrl_c_writes_a_checkpoint_says_how_to_go_on_and_the_next_run_resumes(f
 
     first_seen = resumed_at(folder, manifest)
     assert first_seen >= int(saved[1])
+
+
+def first_line_with(stream: IO[str], words: str) -> str:
+    """Read on until a line says them; the stream's end is a failure."""
+    seen = []
+    for line in stream:
+        if words in line:
+            return line
+        seen.append(line)
+    raise AssertionError(f"no line says {words!r}: {''.join(seen)}")
 
 
 def resumed_at(folder: Path, manifest: Path) -> int:
