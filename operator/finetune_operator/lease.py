@@ -64,15 +64,16 @@ class Lease:
 
     async def release(self) -> None:
         """Let the next replica start at once."""
-        if self._held is None:
-            return
-        spec = {"holderIdentity": "", "leaseDurationSeconds": 1, "renewTime": _now()}
-        try:
-            await self._kube.merge(LEASES, self._held, {"spec": spec})
-            log.info("released the lease %s", self._settings.name)
-        except ApiError as error:
-            log.warning("the lease could not be released, the next replica waits for it: %s", error)
-        self._held = None
+        while self._held is not None:
+            spec = {"holderIdentity": "", "leaseDurationSeconds": 1, "renewTime": _now()}
+            held, self._held = self._held, None
+            try:
+                await self._kube.merge(LEASES, held, {"spec": spec})
+                log.info("released the lease %s", self._settings.name)
+            except ApiError as error:
+                if error.status == 409 and await self._still_ours():  # our last renewal, whose answer was not awaited
+                    continue
+                log.warning("the lease could not be released, the next replica waits for it: %s", error)
 
     async def _try(self) -> bool:
         """Take, or renew."""
@@ -83,20 +84,21 @@ class Lease:
             return await self._take()
         except ApiError as error:
             if error.status == 409 and self._held is not None:
-                return await self._check_still_ours()
+                await self._still_ours()
+                return False
             if error.status not in {409, 404}:
                 log.warning("lease %s: %s", self._settings.name, error)
             return False
 
-    async def _check_still_ours(self) -> bool:
-        """Somebody wrote to the lease (an administrator's label, or another replica that took it)."""
+    async def _still_ours(self) -> bool:
+        """Somebody wrote to the lease (an administrator's label, or another replica that took it): see what it is."""
         try:
             current = await self._kube.get(LEASES, self._namespace, self._settings.name)
         except ApiError:
             return False
         ours = current.get("spec", {}).get("holderIdentity") == self.identity
         self._held = current if ours else None
-        return False
+        return ours
 
     async def _take(self) -> bool:
         try:

@@ -13,7 +13,7 @@ import pytest
 from tests.apiserver.kube import Kube, wait
 from tests.apiserver.life import LIVES, NAME, Life, events_of, job
 from tests.apiserver.operator_process import OperatorProcess, settings
-from tests.apiserver.proxy import Seen
+from tests.apiserver.proxy import Seen, hanging
 from tests.apiserver.server import RunningServer
 from tests.apiserver.stage import Stage, stage
 
@@ -175,6 +175,8 @@ def test_a_lease_is_let_go_on_sigterm_and_outlives_a_kill(job_server: RunningSer
         name = holder()
         second = replica("second")
         there.kube.wait(lambda: "standing by" in second.log, "the second replica stands by")
+        there.proxy.inject(hanging(_renews_a_lease, seconds=120, after=True))  # SIGTERM comes amid a renewal
+        there.kube.wait(lambda: [one for one in there.proxy.seen if one.fault], "it is renewed and not yet told so")
         assert first.stop() == 0
         there.kube.wait(lambda: holder() not in {"", name}, "the second replica holds the lease")
         leases = [one for one in there.proxy.seen if one.resource == "leases" and one.is_write and one.code == 200]
@@ -187,6 +189,10 @@ def test_a_lease_is_let_go_on_sigterm_and_outlives_a_kill(job_server: RunningSer
         there.kube.create(job())
         there.kube.wait(lambda: there.kube.find("Job", f"ftj-{NAME}"), "the third replica works")
         third.stop()
+
+
+def _renews_a_lease(seen: Seen) -> bool:
+    return (seen.resource, seen.method) == ("leases", "PATCH") and "holderIdentity" not in seen.body["spec"]
 
 
 # ---- requests --------------------------------------------------------------------------------------------------------
