@@ -11,7 +11,6 @@ import os
 import platform
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ import psutil
 from bench.compare import Row, compare
 from bench.jobs import GLOBAL_BATCH, MICRO_BATCH, Case, write_launcher_config, write_loading_config
 from bench.material import CACHE, MAXIMUM_LENGTH, REPOSITORY, Material, build, representative
+from finetune.local import free_port
 
 PAGE = REPOSITORY / "docs" / "benchmarks.md"
 MARKER = "<!-- runs: newest first, written by `make bench` -->"
@@ -102,7 +102,7 @@ def cases_of(material: Material, options: argparse.Namespace, parts: list[str]) 
 def measure_overhead(material: Material, directory: Path, precision: str) -> Overhead:
     """Recipe and bare steps in turns in one process, LoRA (short steps show overhead best)."""
     place = directory / f"overhead-{precision.lower()}"
-    config = write_launcher_config(Case("LoRA", precision, material.data, 12, 0.0), material, place, _free_port())
+    config = write_launcher_config(Case("LoRA", precision, material.data, 12, 0.0), material, place, free_port())
     found = json.loads(_last_line([sys.executable, "-m", "bench.loop_overhead", "--config", str(config)]))
     say(f"  loop overhead {precision}: {found['totalRatio'] - 1:+.2%} ({found['steps']} steps)")
     return Overhead(found["totalRatio"], found["medianRatio"], found["steps"], found["bare"])
@@ -111,7 +111,7 @@ def measure_overhead(material: Material, directory: Path, precision: str) -> Ove
 def measure_loading(material: Material, directory: Path) -> Loading:
     """Two ranks, FSDP full shard, LoRA in BF16."""
     place = directory / "loading"
-    port = _free_port()
+    port = free_port()
     config = write_loading_config(material, place, port)
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
     ranks = json.loads(_last_line([sys.executable, *launch, "-m", "bench.load_memory", "--config", str(config)]))
@@ -209,12 +209,6 @@ def insert(section: str) -> None:
 
 def say(text: str) -> None:
     print(text, flush=True)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

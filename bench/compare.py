@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from statistics import median
 from bench import measure
 from bench.jobs import ALPHA, GLOBAL_BATCH, MICRO_BATCH, RANK, Case, write_launcher_config
 from bench.material import MAXIMUM_LENGTH, Material
+from finetune.local import free_port
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def compare(case: Case, material: Material, repeats: int, directory: Path, say: 
 
 def run_ours(case: Case, material: Material, directory: Path) -> Side:
     """``python -m finetune_trainer``: launcher and one rank, through publication and report."""
-    config = write_launcher_config(case, material, directory, _free_port())
+    config = write_launcher_config(case, material, directory, free_port())
     command = [sys.executable, "-m", "finetune_trainer", "--config", str(config)]
     seen = measure.run(command, _environment(), directory)
     report = json.loads(next((directory / "work").rglob("report.json")).read_text())
@@ -131,9 +131,3 @@ def _environment() -> dict[str, str]:
     threads = str(os.cpu_count() or 1)
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
     return {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": "", **offline}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

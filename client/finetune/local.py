@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import importlib.util
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -14,11 +16,10 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -173,7 +174,7 @@ class LocalRun:
         return result
 
     def _start(self) -> None:
-        endpoint = f"127.0.0.1:{free_port()}"
+        endpoint = f"127.0.0.1:{free_port() if self.plan.nodes > 1 else 0}"  # alone, node 0 binds what it chooses
         environment = launcher_environment(os.environ, self.plan)
         for node_rank in range(self.plan.nodes):
             work = self.directory / f"node-{node_rank}"
@@ -280,8 +281,16 @@ def launcher_environment(base: Mapping[str, str], plan: Plan) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A TCP port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: Any = probe.getsockname()[1]
-        return int(port)
+    """A TCP port of this machine that is free now and that nobody is dealt by chance before it is bound.
+
+    Not of the kernel's own choice, which it may make again for the next who asks, and below all that it chooses from
+    (Linux from 32768, macOS from 49152) and the node ports of Kubernetes (30000).
+    """
+    candidates = list(range(20_000, 30_000))
+    random.shuffle(candidates)
+    for port in candidates:
+        with socket.socket() as probe, suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the store does: one in TIME_WAIT is free
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError(errno.EADDRINUSE, "no TCP port between 20000 and 29999 is free on 127.0.0.1")

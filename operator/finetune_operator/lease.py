@@ -96,7 +96,7 @@ class Lease:
             current = await self._kube.get(LEASES, self._namespace, self._settings.name)
         except ApiError:
             return False
-        ours = current.get("spec", {}).get("holderIdentity") == self.identity
+        ours: bool = current.get("spec", {}).get("holderIdentity") == self.identity
         self._held = current if ours else None
         return ours
 

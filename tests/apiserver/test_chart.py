@@ -132,7 +132,11 @@ def operator_client(kube: Kube, namespaces: list[str]) -> Kube:
     for document in render({"namespaces": namespaces}, namespace=kube.namespace):
         if document["kind"] in {"ServiceAccount", "Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding"}:
             kube.apply(document)
-    return Kube(kube.server, token=kube.account_token("finetune-operator"), namespace=kube.namespace)
+    client = Kube(kube.server, token=kube.account_token("finetune-operator"), namespace=kube.namespace)
+    lease = ("patch", "coordination.k8s.io", "leases", kube.namespace, "finetune-operator")
+    granted = [(*ALLOWED[0], kube.namespace), lease]  # of each Role one: the authorizer hears of them a moment later
+    kube.wait(lambda: all(may(client, *asked) for asked in granted), "the rights are known")
+    return client
 
 
 def may(client: Kube, verb: str, group: str, resource: str, namespace: str, name: str = "") -> bool:

@@ -1013,7 +1013,7 @@ def test_logs_wait_in_silence_for_a_quiet_pod(shell: Shell, kube: Kube, bot: str
     be_operator(kube, bot, running())
     log = run_pod(kube, kubelet, bot, 0, "aaaaa")
     log.lines.append((datetime.now(UTC) - timedelta(hours=2), "step 1"))
-    process = shell.start_hasty(bot, _SILENCE_SECONDS=0.5, OUTAGE_SECONDS=2)
+    process = shell.start_hasty(bot, _SILENCE_SECONDS=2, OUTAGE_SECONDS=60)
     read, told = Reading(process.stdout), Reading(process.stderr)
     kube.wait(lambda: len(log.requests) >= 5, "the stream was opened again and again", seconds=60)
     log.write("step 2")
@@ -1072,6 +1072,9 @@ def test_the_own_output_of_another_rank_needs_exec_and_says_so(
     )
     token = kube.account_token("default")
     reader = kube.server.write_kubeconfig(tmp_path / "reader", token=token, namespace=kube.namespace)
+    someone = Kube(kube.server, token=token, namespace=kube.namespace)
+    pods = f"/api/v1/namespaces/{kube.namespace}/pods"
+    kube.wait(lambda: someone.call("GET", pods).code == 200, "the authorizer has heard of it")
     code, said, complaint = shell("logs", bot, "--rank", "2", "--kubeconfig", reader)
     assert (code, said) == (1, "")
     assert complaint.splitlines()[-1] == (

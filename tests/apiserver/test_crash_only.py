@@ -67,7 +67,6 @@ def test_the_operator_may_die_after_any_write(played: Played, name: str, when: s
     outcomes = {play.write: _outcomes(played, play) for play in plays}
     survived = {number: len(outcomes[number][0].writes) for number in numbers if outcomes[number][0].killed is None}
     assert all(number > writes for number, writes in survived.items()), survived
-    assert len(survived) <= len(numbers) // 4, survived
     killed = {write: several[-1].killed for write, several in outcomes.items()}
     assert [write for write, seen in killed.items() if seen is None] == []
     made = {seen.resource for seen in killed.values() if seen and (seen.method, seen.code) == ("POST", 201)}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.apiserver.kube import Document, Kube
+from tests.apiserver.kube import Document, Kube, Refused
 from tests.apiserver.life import NAME, Life, events_of, job
 from tests.apiserver.manifests import manifest
 from tests.apiserver.operator_process import OperatorProcess, settings, wait_stopped
@@ -36,6 +36,17 @@ def _until_message(kube: Kube, words: str) -> Document:
         return found if words in found.get("status", {}).get("message", "") else None
 
     return kube.wait(told, f"the status says {words!r}", 60)
+
+
+def _refusal(kube: Kube) -> str:
+    """What the API server says to any Job."""
+    pod = {"restartPolicy": "Never", "containers": [{"name": "one", "image": "none"}]}
+    manifest = {"metadata": {"name": "any"}, "spec": {"template": {"spec": pod}}}
+    try:
+        kube.apply({"apiVersion": "batch/v1", "kind": "Job", **manifest}, dryRun="All")
+    except Refused as error:
+        return error.message
+    return ""
 
 
 def _trains(there: Stage, gang: str = "gang-1") -> Life:
@@ -99,6 +110,7 @@ def test_a_child_that_a_quota_forbids_is_named_in_the_status_until_it_is_allowed
     )
     counted = {"hard": {"count/jobs.batch": "0"}, "used": {"count/jobs.batch": "0"}}
     there.kube.patch("ResourceQuota", "small", {"status": counted}, subresource="status")  # nobody else counts here
+    there.kube.wait(lambda: "exceeded quota: small" in _refusal(there.kube), "the quota counts")
     there.kube.create(job())
     found = _until_message(there.kube, f"the API server refuses the Job {JOB}")
     assert "exceeded quota: small" in found["status"]["message"]

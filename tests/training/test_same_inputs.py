@@ -28,16 +28,18 @@ SETTINGS = {
 
 @pytest.mark.multiprocess
 def test_a_push_to_the_hub_between_two_attempts_changes_no_byte_of_the_result(ground: Ground) -> None:
-    expected = ground.run([Job("undisturbed", METHODS["LoRA"], ENGINES["DDP"], SETTINGS)], 1)["undisturbed"]
-    job = Job("disturbed", METHODS["LoRA"], ENGINES["DDP"], {**SETTINGS, "model": {"uri": f"hf://{NAME}"}})
+    long = {**SETTINGS, "training": {**SETTINGS["training"], "maxSteps": 300}, "checkpoint": {"everySteps": 40}}
+    expected = ground.run([Job("undisturbed", METHODS["LoRA"], ENGINES["DDP"], long)], 1)["undisturbed"]
+    job = Job("disturbed", METHODS["LoRA"], ENGINES["DDP"], {**long, "model": {"uri": f"hf://{NAME}"}})
     work = ground.work(job)
     with Hub() as hub:
         commit = hub.push(ground.model)
         launcher = _start(ground, job, hub, "first-node")
-        _wait_for_step(work, 6)
+        _wait_for_step(work, 1)
         about = json.loads((work / "launcher.json").read_text())
         with urllib.request.urlopen(f"http://127.0.0.1:{about['port']}/progress", timeout=5) as page:
             shown = json.loads(page.read())["plan"]["modelRevision"]  # what the operator puts into status.plan
+        _wait_for_step(work, 6)
         launcher.send_signal(signal.SIGTERM)
         assert launcher.wait(timeout=240) == 143
         assert json.loads((work / "termination.json").read_text())["plan"]["modelRevision"] == commit == shown

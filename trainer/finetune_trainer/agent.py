@@ -92,9 +92,8 @@ class TrainerAgent(SimpleElasticAgent):
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         """Meet the other nodes, number the ranks, agree where their process group will meet."""
         spec = worker_group.spec
-        if self.status.gang:  # nothing failed here: a launcher that was replaced waits for us
-            lost = "another launcher was lost and came back"
-            self.status.end_attempt(self.status.describe_attempt(ExitClass.COMMUNICATION_FAILED, lost))
+        if self.status.gang:  # we saw nothing fail, and another launcher waits for us
+            self._end_unseen()
         self.status.watched(None)
         self.status.enter(Phase.RENDEZVOUS, f"waiting for {spec.rdzv_handler.settings.min_nodes} node(s)")
         with self.stop.interruptible():
@@ -230,6 +229,20 @@ class TrainerAgent(SimpleElasticAgent):
         self._wind_down(self.settings.failure_grace_seconds)
         self.outcome.ends = progress.read_ends(self.settings.work_directory)
         return RunResult(WorkerState.FAILED)
+
+    def _end_unseen(self) -> None:
+        """The attempt is over: another launcher was replaced, or acted on a failure before our next look at it."""
+        assert self._attempt_store is not None
+        verdict = self._attempt_store.failure()
+        if verdict is None:
+            lost = "another launcher was lost and came back"
+            self.status.end_attempt(self.status.describe_attempt(ExitClass.COMMUNICATION_FAILED, lost))
+            return
+        failure = Failure.model_validate_json(verdict)
+        log.error("rank %d failed (%s): %s", failure.rank, failure.exit_class.value, failure.message)
+        if not self._by_another_launcher(failure):
+            self._remaining_restarts -= 1  # torchrun does not count a restart for a launcher that waits
+        self.status.end_attempt(self.status.describe_attempt(failure.exit_class, failure.message, failure))
 
     def _by_another_launcher(self, failure: Failure) -> bool:
         """Whether the ranks ended because one of them was asked to, and it was not this launcher that asked.

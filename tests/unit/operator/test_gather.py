@@ -110,5 +110,5 @@ def test_the_time_is_the_api_servers_where_the_clocks_differ() -> None:
         return (kube.now() - before).total_seconds()
 
     assert asyncio.run(told("Sat, 21 Nov 2037 10:00:00 GMT")) > 3600
-    assert asyncio.run(told("nonsense")) < 1
-    assert asyncio.run(told(None)) < 1
+    assert asyncio.run(told("nonsense")) < 60
+    assert asyncio.run(told(None)) < 60

@@ -46,10 +46,10 @@ def test_a_request_during_a_look_comes_after_it() -> None:
 def test_the_earliest_due_time_wins_whatever_the_order() -> None:
     async def scenario() -> None:
         queue = WorkQueue()
+        started = time.monotonic()
         queue.add(A, 30.0)
         queue.add(A, 0.05)
         queue.add(A, 60.0)
-        started = time.monotonic()
         assert await _next(queue) == A
         assert 0.04 <= time.monotonic() - started < 20
         queue.done(A)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.local import free_port
 from finetune_api.plan import Plan
 from finetune_api.report import Phase, Progress, Termination
 from finetune_api.spec import FineTuneJobSpec
@@ -59,8 +59,9 @@ def succeed():
 
 # A launcher whose ranks are the given script and whose preparation is already done.
 LAUNCHER = """
-import logging, os, sys
+import functools, logging, os, sys
 from pathlib import Path
+from finetune_trainer import attempts
 from finetune_trainer.launcher import Launcher, become_reaper, read_config
 from finetune_trainer.stopping import StopRequest
 from finetune_trainer.worker_config import WorkerConfig
@@ -73,18 +74,28 @@ def prepare(config, status):
     return WorkerConfig(trainer=config, model_directory="", data_directory="",
                         log_directory=str(Path(config.work_directory) / "logs"))
 
+# On a busy machine the news of who is guilty may take longer to come from the other launcher than 3 s.
+attempts.AgentSettings = functools.partial(attempts.AgentSettings, settle_seconds=60.0)
+
+if os.environ.get("SLOW_LOOKS"):  # held up after every look of the first attempt, until another launcher waits
+    import time
+    from finetune_trainer.agent import TrainerAgent
+    look = TrainerAgent._monitor_workers
+
+    def look_slowly(self, group):
+        seen = look(self, group)
+        while self.status.attempt == 1 and not group.spec.rdzv_handler.num_nodes_waiting():
+            time.sleep(0.05)
+        return seen
+
+    TrainerAgent._monitor_workers = look_slowly
+
 stop = StopRequest()
 stop.install()
 become_reaper()
 launcher = Launcher(read_config(Path(sys.argv[1])), int(sys.argv[2]), stop, prepare, (sys.executable, sys.argv[3]))
 sys.exit(launcher.run())
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def plan(nodes: int, ranks: int) -> Plan:

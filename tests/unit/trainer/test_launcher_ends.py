@@ -122,19 +122,22 @@ def test_a_hung_rank_gets_the_whole_grace_period_and_is_then_killed(tmp_path: Pa
     until_stopped()
     end(ExitClass.INTERRUPTED)
     """
-    node = Rig(tmp_path, script, grace_seconds=3).start()
+    node = Rig(tmp_path, script, grace_seconds=8).start()  # rank 1 needs a moment of it
     pids = [beat.pid for beat in node.wait_for_phase(Phase.TRAINING, ranks=2).ranks]
     started = time.monotonic()
     node.signal(signal.SIGTERM)
     code = node.wait()
     assert code == 143
-    assert time.monotonic() - started >= 3.0
+    assert time.monotonic() - started >= 8.0
     assert node.termination().message == (
         "stopped from outside; rank(s) 0 did not end within the grace period and were killed;"
         " no checkpoint was written by this run"
     )
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
-    assert not _sessions(pids)  # the helper that rank 0 had started is gone too
+    deadline = time.monotonic() + 60
+    while _sessions(pids):  # the helper that rank 0 had started goes too: it was killed, and nobody waited for it
+        assert time.monotonic() < deadline, _sessions(pids)
+        time.sleep(0.02)
 
 
 def test_the_grace_period_is_the_configured_one_not_the_30_seconds_of_torchrun(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.unit.trainer.launcher_rig import Node, Rig, free_port
+from tests.unit.trainer.launcher_rig import Node, Rig
 
+from finetune.local import free_port
 from finetune_api.exits import ExitClass
 from finetune_api.report import Phase
 
@@ -65,9 +66,10 @@ def test_a_user_error_on_one_node_ends_the_other_with_the_same_verdict(tmp_path:
         assert ended.message == "line 3 of a.jsonl is not JSON"
 
 
-def test_a_killed_rank_on_one_node_restarts_both(tmp_path: Path) -> None:
-    script = """
+KILLED_ONCE = """
     beat.update(phase=Phase.TRAINING)
+    with open(WORK / "restarts", "a") as counted:
+        counted.write(f" {RESTART}" if RESTART else "0")
     dist = connect()
     dist.barrier()
     if RANK == 1 and RESTART == 0:
@@ -77,12 +79,28 @@ def test_a_killed_rank_on_one_node_restarts_both(tmp_path: Path) -> None:
     except Exception as error:
         end(ExitClass.COMMUNICATION_FAILED, str(error))
     succeed()
-    """
-    first, second = start_both(Rig(tmp_path, script, nodes=2, ranks=1))
+"""
+
+
+def test_a_killed_rank_on_one_node_restarts_both(tmp_path: Path) -> None:
+    first, second = start_both(Rig(tmp_path, KILLED_ONCE, nodes=2, ranks=1))
     assert (first.wait(), second.wait()) == (0, 0)
     for node in (first, second):
         assert "rank 1 failed (RankKilled): rank 1 was killed by SIGKILL" in node.errors
         assert sorted(path.name for path in (node.work / "logs").iterdir()) == ["attempt-1", "attempt-2"]
+
+
+def test_a_failure_that_the_other_launcher_was_quicker_to_act_on_is_told_all_the_same(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, KILLED_ONCE, nodes=2, ranks=1, environment={"SLOW_LOOKS": ""})
+    rig.endpoint = f"127.0.0.1:{free_port()}"
+    second = rig.start(1)
+    rig.environment = {"SLOW_LOOKS": "1"}
+    first = rig.start(0)
+    assert (first.wait(), second.wait()) == (0, 0)
+    ours, theirs = (node.termination().ended for node in (first, second))
+    assert [(end.exit_class, end.guilty_rank) for end in ours] == [(ExitClass.RANK_KILLED, 1)]
+    assert [(end.gang, end.message) for end in ours] == [(end.gang, end.message) for end in theirs]
+    assert [(node.work / "restarts").read_text() for node in (first, second)] == ["0 1", "0 1"]
 
 
 def test_sigterm_to_both_launchers_stops_both(tmp_path: Path) -> None:
@@ -90,7 +108,7 @@ def test_sigterm_to_both_launchers_stops_both(tmp_path: Path) -> None:
     first, second = start_both(Rig(tmp_path, script, nodes=2, ranks=1))
     for node in (first, second):
         node.wait_for_phase(Phase.TRAINING)
-    for node in (first, second):
+    for node in (second, first):  # node 0 serves the store
         node.signal(signal.SIGTERM)
     assert (first.wait(), second.wait()) == (143, 143)
 
@@ -202,7 +220,7 @@ def test_every_launcher_remembers_a_restart_in_place_by_the_same_word(tmp_path: 
     assert (ours.exit_class, ours.guilty_rank, ours.guilty_node) == (ExitClass.RANK_KILLED, 1, 1)
     assert (ours.message, ours.last_step, ours.resumed_from_step) == ("rank 1 was killed by SIGKILL", 4, 0)
     assert ours.ended_at == theirs.ended_at
-    for node in (first, second):
+    for node in (second, first):
         node.signal(signal.SIGTERM)
     assert (first.wait(), second.wait()) == (143, 143)
 
