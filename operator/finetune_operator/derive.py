@@ -190,6 +190,9 @@ def _status(at: Situation, judgement: Judgement, problems: Sequence[Problem]) ->
     accepted = {"Accepted": verdict, "Stalled": Say(False, "Accepted")}
     shows_progress = _shows_progress(at, judgement)
     fresh = shows_progress or judgement.at_once or judgement.state not in {"Running", "Publishing"}
+    checkpoint = at.checkpoint() if fresh else before.checkpoint
+    if at.view and checkpoint and before.progress and checkpoint.step > before.progress.step:
+        shows_progress = True  # the step of a checkpoint was reached: an attempt that ends unseen has got so far
     return FineTuneJobStatus(
         observed_generation=at.observed.generation,
         state=judgement.state,
@@ -199,7 +202,7 @@ def _status(at: Situation, judgement: Judgement, problems: Sequence[Problem]) ->
         attempts=at.ledger.attempts,
         total_attempts=at.ledger.total or None,
         restarts=restart_rows(at.ledger.restarts),
-        checkpoint=at.checkpoint() if fresh else before.checkpoint,
+        checkpoint=checkpoint,
         artifacts=judgement.artifacts or before.artifacts,
         metrics=judgement.metrics or before.metrics,
         conditions=merge(before.conditions, {**accepted, **judgement.conditions}, at.observed.generation, now),

@@ -30,6 +30,7 @@ METRICS_PORT = 9464
 _PULLS_AT_ONCE = 64
 _MAXIMUM_PAGE_BYTES = 4 * 1024 * 1024
 _COMPLAINTS = 5
+_LEAVING_SECONDS = 1.0  # a pod that was asked to go is about to lose its network; its last words are not to be missed
 _NODES_CLOCKS_DIFFER_BY = timedelta(seconds=30)
 _STUCK_PODS_ASKED = 2  # the others of a gang wait for the same thing
 
@@ -100,7 +101,9 @@ class Gatherer:
         PROGRESS_PULLS.inc()
         try:
             url = f"http://{host}:{METRICS_PORT}/progress"
-            async with self._pulls, self._client().get(url, allow_redirects=False) as response:  # pods send us nowhere
+            timeout = aiohttp.ClientTimeout(total=self._patience(pod))
+            request = self._client().get(url, timeout=timeout, allow_redirects=False)  # pods send us nowhere
+            async with self._pulls, request as response:
                 if response.status != 200:
                     raise aiohttp.ClientPayloadError(f"status {response.status}")
                 text = bytearray()
@@ -117,9 +120,12 @@ class Gatherer:
 
     def _client(self) -> aiohttp.ClientSession:
         if self._session is None:
-            timeout = aiohttp.ClientTimeout(total=self._settings.progress.timeout_seconds)
-            self._session = aiohttp.ClientSession(timeout=timeout, auto_decompress=False, trust_env=False)
+            self._session = aiohttp.ClientSession(auto_decompress=False, trust_env=False)
         return self._session
+
+    def _patience(self, pod: PodView) -> float:
+        patience = float(self._settings.progress.timeout_seconds)
+        return min(patience, _LEAVING_SECONDS) if pod.asked_to_go else patience
 
 
 def complaints_count_since(resource: Object, job: JobView) -> datetime:

@@ -64,6 +64,27 @@ def test_pages_of_other_jobs_and_cut_pages_do_not_count(monkeypatch: pytest.Monk
     assert pages([ours, cut[:-5], *told], monkeypatch) == [0]
 
 
+def test_a_pod_that_is_asked_to_go_is_not_waited_for_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its network may be gone already, and its last words are next."""
+
+    async def asked() -> tuple[object, ...]:
+        async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.read()  # until the caller gives up
+            writer.close()
+
+        server = await asyncio.start_server(silent, "127.9.10.1", 0)
+        monkeypatch.setattr(gather, "METRICS_PORT", server.sockets[0].getsockname()[1])
+        patient = SETTINGS.progress.model_copy(update={"timeout_seconds": 3600})
+        gatherer = Gatherer(Kube(ApiClient(Configuration())), SETTINGS.model_copy(update={"progress": patient}))
+        leaving = (pod(0, address="127.9.10.1", asked_to_go=at(10)),)
+        found = await asyncio.wait_for(gatherer._progress(RESOURCE, leaving), 60)
+        await gatherer.close()
+        server.close()
+        return found
+
+    assert asyncio.run(asked()) == ()
+
+
 def test_a_pod_sends_the_operator_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bytes] = []
 

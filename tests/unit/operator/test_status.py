@@ -330,6 +330,21 @@ def test_a_user_error_that_the_job_does_not_know_yet_stops_it() -> None:
     assert verdict.commands == (StopJob(),)
 
 
+def test_a_step_that_was_checkpointed_was_reached_though_nobody_heard_the_last_words() -> None:
+    life = Life(spec={"runPolicy": {"suspend": True}})
+    life.resource["spec"] = {}
+    life.run()
+    life.resource["spec"] = {"runPolicy": {"suspend": True}}
+    leaving = [replace(pod(0), deleted=at(140)), replace(pod(1), deleted=at(140))]
+    asked = job(suspended=True, ready=2, terminating=2)
+    life.look(20, asked, leaving, [page(0, step=8), page(1, step=8)])
+    saved = {"checkpoint_step": 9, "checkpoint_uri": f"{URI}c/9/", "phase": Phase.CHECKPOINTING}
+    life.look(20.5, asked, leaving, [page(0, step=9, **saved), page(1, step=9, **saved)])
+    life.look(23, job(suspended=True, active=0), [])
+    assert (life.status["checkpoint"]["step"], life.status["progress"]["step"]) == (9, 9)
+    assert life.attempts("cause", "lastStep") == [("Suspended", 9)]
+
+
 def test_a_suspended_job_checkpoints_frees_its_pods_and_resumes() -> None:
     life = Life(spec={"runPolicy": {"suspend": True}})
     life.resource["spec"] = {}
