@@ -180,11 +180,16 @@ def _play(shop: Workshop, lives: Lives) -> None:
 
 
 def _asked_targets() -> list[dict[str, Any]]:
-    """What Prometheus asks, as soon as it had good answers of both pods of ``whole``: on a busy machine one is late."""
+    """What Prometheus asks, as soon as it had good answers of the operator and of both pods of ``whole``.
+
+    On a busy machine one is late, or fails once.
+    """
     targets: list[dict[str, Any]] = ask("targets", state="active")["activeTargets"]
-    whole = [target for target in targets if target["labels"].get("finetune_job") == "whole"]
-    nodes = {target["labels"].get("finetune_node") for target in whole}
-    return targets if nodes == {"0", "1"} and all(target["health"] == "up" for target in whole) else []
+    ours = [target for target in targets if target["labels"].get("finetune_job") == "whole"]
+    ours += [target for target in targets if target["scrapePool"] == "finetune-operator"]
+    found = {(target["scrapePool"], target["labels"].get("finetune_node")) for target in ours}
+    wanted = {("finetune-operator", None), ("finetune-trainer", "0"), ("finetune-trainer", "1")}
+    return targets if wanted <= found and all(target["health"] == "up" for target in ours) else []
 
 
 def _resumed(shop: Workshop, name: str) -> bool:

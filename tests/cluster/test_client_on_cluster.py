@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 from deploy.local.cluster import tools
 from tests.cluster.cluster import LocalCluster, undisturbed
+from tests.cluster.recording import Recorder
 from tests.cluster.workshop import (
     EVERY,
     FILES,
     GRACE_SECONDS,
     Adapter,
     Workshop,
+    held,
     steps,
     storage_environment,
     workshop,
@@ -85,20 +87,23 @@ def _live(shop: Workshop, folder: Path) -> Life:
     run = terminal.start("run", "--on", "kubernetes", "job.yaml", "--directory", "adapter", "--output", "json")
     try:
         shop.wait_step("job", EVERY + 5)
-        said = {"list": terminal("list")}
+        with held(shop, "job"):
+            said = {"list": terminal("list")}
+        recorder = Recorder(shop.cluster.layout, shop.namespace)
         suspending = terminal.start("suspend", "job")
-        asked: list[float] = []
-        shop.until("job", "keeps its pods", lambda: _are_gone(shop, asked), 120)
-        freed_seconds = time.time() - min(asked)
+        shop.until("job", "keeps its pods", lambda: not shop.pods("job"), 120)
+        freed = time.time()
+        freed_seconds = freed - _asked_to_go(recorder.stop().versions["pods"])
         complaint = suspending.communicate(timeout=60)[1]
         assert suspending.returncode == 0, complaint
         terminal("wait", "job", "--for", "Suspended", "--timeout", "60s")
         suspended = shop.status("job")
         terminal("resume", "job")
         shop.wait_step("job", suspended["attempts"][-1]["lastStep"] + 1)
-        said["logs"] = terminal("logs", "job", "--rank", "1", "--no-follow", "--tail", "20")
-        said["status"] = terminal("finetune", "status", "job", program=str(tools.program("kubectl")))
-        said["all logs"] = terminal("logs", "job", "--no-follow")
+        with held(shop, "job"):
+            said["logs"] = terminal("logs", "job", "--rank", "1", "--no-follow", "--tail", "20")
+            said["status"] = terminal("finetune", "status", "job", program=str(tools.program("kubectl")))
+            said["all logs"] = terminal("logs", "job", "--no-follow")
         terminal("wait", "job", "--timeout", "300s")
         output, complaint = run.communicate(timeout=60)
     finally:
@@ -113,13 +118,11 @@ def _live(shop: Workshop, folder: Path) -> Life:
     return Life(status, json.loads(output), said, suspended, freed_seconds, adapters, files)
 
 
-def _are_gone(shop: Workshop, asked: list[float]) -> bool:
-    """Whether no pod is left; notes when those that were there were asked to go (whole seconds, rounded down)."""
-    pods = shop.pods("job")
-    for metadata in (pod["metadata"] for pod in pods if "deletionTimestamp" in pod["metadata"]):
-        end = datetime.fromisoformat(metadata["deletionTimestamp"])
-        asked.append(end.timestamp() - metadata["deletionGracePeriodSeconds"])
-    return not pods
+def _asked_to_go(versions: list[dict[str, Any]]) -> float:
+    """When the first of the pods was asked to go (whole seconds, rounded down)."""
+    leaving = [pod["metadata"] for pod in versions if "deletionTimestamp" in pod["metadata"]]
+    ends = [(datetime.fromisoformat(each["deletionTimestamp"]), each) for each in leaving]
+    return min(end.timestamp() - each["deletionGracePeriodSeconds"] for end, each in ends)
 
 
 def test_a_job_is_run_watched_paused_and_fetched_with_the_client_alone(life: Life) -> None:

@@ -104,7 +104,8 @@ def remove(names: list[str]) -> None:
 def clean() -> None:
     """Remove buildah's storage, also after a build was killed."""
     mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
-    for mount in sorted((mount for mount in mounts if Path(mount).is_relative_to(storage())), reverse=True):
+    ours = (storage(), directory() / "base.new")
+    for mount in sorted((each for each in mounts if any(map(Path(each).is_relative_to, ours))), reverse=True):
         run("umount", "--lazy", mount)
     for path in (storage(), directory() / "run", directory() / "base.new"):
         shutil.rmtree(path, ignore_errors=True)

@@ -97,7 +97,7 @@ def up(node_count: int = 2, reuse: bool = False) -> Layout:
                 f"A local cluster with the state {owner} exists; stop it with "
                 f"`FINETUNE_CLUSTER_STATE={owner} make cluster-down`."
             )
-        if layout.state.exists() or owner is not None or cgroups.remains():
+        if layout.state.exists() or layout.disk.exists() or owner is not None or cgroups.remains():
             print("taking down what an earlier cluster left behind", file=sys.stderr, flush=True)
             _down()
         machine.require_free_ports()

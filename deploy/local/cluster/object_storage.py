@@ -32,12 +32,12 @@ def start(layout: Layout) -> S3Server:
     if "s3" in processes.recorded(layout):
         raise ClusterError("The S3 server runs.")
     instance = server(layout)
+    instance.launched = lambda pid: processes.record(layout, "s3", pid)  # known to `down` however this ends
     try:
         instance.start()
     except ServerUnavailable as error:
         raise ClusterError(str(error)) from error
     assert instance.process is not None
-    processes.record(layout, "s3", instance.process.pid)
     instance.process.returncode = 0  # `processes` ends it; the object shall not wait for it
     instance.create_bucket(BUCKET)
     if not layout.s3_environment.exists():

@@ -25,6 +25,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,7 +35,7 @@ from typing import ClassVar
 VERSION = "v1.8.0"
 PACKAGE = "github.com/versity/versitygw/cmd/versitygw"
 REGION = "us-east-1"
-START_SECONDS = 15.0
+START_SECONDS = 60.0
 # Linux ends such a process with the *thread* that forked it: this one lives as long as its process.
 _FORKS = ThreadPoolExecutor(1)
 _END_WITH_PARENT = """
@@ -105,6 +106,7 @@ class S3Server:
     port: int = 0
     address: str = "127.0.0.1"
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+    launched: Callable[[int], None] | None = field(default=None, repr=False)  # is told the process id before all else
 
     @property
     def endpoint(self) -> str:
@@ -132,7 +134,7 @@ class S3Server:
         """Start and wait until it answers.
 
         Raises:
-            ServerUnavailable: it ended at once or did not answer within 15 s.
+            ServerUnavailable: it ended at once or did not answer within a minute.
         """
         executable = binary()
         for attempt in range(3):
@@ -168,6 +170,8 @@ class S3Server:
             )
             launched = _FORKS.submit(start, start_new_session=True)
             self.process = launched.result()
+        if self.launched:
+            self.launched(self.process.pid)
 
     def _answers(self, port: int) -> bool:
         deadline = time.monotonic() + START_SECONDS
