@@ -168,9 +168,10 @@ class LocalRun:
         result = self._result(decisive(ended))
         if result.state is RunState.COMPLETED and result.step:
             view.show(final_snapshot(result.step, result.metrics))
-        (self.directory / "result.json").write_text(
-            result.model_dump_json(by_alias=True, exclude_none=True, indent=2) + "\n", encoding="utf-8"
-        )
+        written = self.directory / "result.json.new"  # whole or not at all
+        text = result.model_dump_json(by_alias=True, exclude_none=True, indent=2) + "\n"
+        written.write_text(text, encoding="utf-8")
+        written.replace(self.directory / "result.json")
         return result
 
     def _start(self) -> None:
@@ -251,11 +252,15 @@ class LocalRun:
 
 
 def finished_before(directory: Path, job: Job) -> RunResult | None:
-    """The result of an earlier run of the same job whose artifact still is what it was."""
-    path = directory / "result.json"
-    if not path.exists():
+    """The result of an earlier run of the same job whose artifact still is what it was.
+
+    One that cannot be read (cut short by a full disk, or of another version) is none: the run goes on from its
+    checkpoints, and finds what it has published.
+    """
+    try:
+        result = RunResult.model_validate_json((directory / "result.json").read_bytes())
+    except (FileNotFoundError, ValidationError):
         return None
-    result = RunResult.model_validate_json(path.read_bytes())
     if result.state is not RunState.COMPLETED or result.artifacts is None:
         return None
     return result if _artifact_digest(job, result.artifacts.uri) == result.artifacts.manifest_sha256 else None

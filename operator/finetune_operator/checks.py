@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from finetune_api.report import Phase, Termination
 from finetune_api.status import StatusArtifacts, StatusAttempt, StatusMetrics
 from finetune_operator.conditions import Say
-from finetune_operator.ends import publisher
+from finetune_operator.ends import published_at
 from finetune_operator.failures import Budget, PodCause, Spent, policy, spent
 from finetune_operator.observe import parse_time
 from finetune_operator.progress_view import PHASE_WORDS
@@ -97,17 +97,20 @@ def completed(at: Situation) -> Judgement | None:
 
 def _others_are_late(at: Situation) -> bool:
     """Whether the pod that published ended so long ago that the others will not follow."""
-    first = publisher(at.newest)
-    if first is None or first.finished is None:
-        return False
-    return (at.now - first.finished).total_seconds() > OTHERS_FOLLOW_SECONDS
+    when = published_at(at.before, at.newest)
+    return when is not None and (at.now - when).total_seconds() > OTHERS_FOLLOW_SECONDS
 
 
 def published(at: Situation) -> Judgement | None:
-    """The artifact is verified, and the other pods are about to end: nothing that they meet now is a failure."""
-    if publisher(at.newest) is None:
+    """The artifact is verified, and the other pods are about to end: nothing that they meet now is a failure.
+
+    Its digest is kept at once: the pod that told it may be removed before the others have ended.
+    """
+    if published_at(at.before, at.newest) is None:
         return None
-    return _unchanged(at, STOPPING_LOOK_SECONDS)
+    said = _last_word(at)
+    told = _unchanged(at, STOPPING_LOOK_SECONDS)
+    return replace(told, artifacts=_artifacts(said), metrics=_metrics(said))
 
 
 def _last_word(at: Situation) -> Termination | None:

@@ -35,9 +35,10 @@ class Say:
 
 
 def merge(before: Sequence[Condition], said: Mapping[str, Say], generation: int, now: str) -> tuple[Condition, ...]:
-    """The conditions after this look; what nobody spoke about stays as it was."""
+    """The conditions after this look; what nobody spoke about stays as it was, and holds for this generation too."""
     old = {condition.type: condition for condition in before}
-    merged = {kind: found for kind, found in old.items() if kind in ORDER}
+    seen = {"observed_generation": generation}
+    merged = {kind: found.model_copy(update=seen) for kind, found in old.items() if kind in ORDER}
     for kind, say in said.items():
         known = old.get(kind)
         if known is None and say.status is False and kind not in _ALWAYS:

@@ -97,6 +97,7 @@ def derive_refused(observed: Observed, sentence: str) -> Verdict:
         "Accepted": Say(True, "Accepted", "the spec is valid"),
         "PodsReady": Say(False, "ChildRefused", message),
         "Running": Say(False, state, message),
+        "Suspended": Say(state == "Suspended", state),
         "Reconciling": Say(True, "ChildRefused", message),
         "Stalled": Say(False, "Accepted"),
     }
@@ -120,6 +121,14 @@ def is_settled(resource: Object, job: JobView | None = None) -> bool:
     generation = resource["metadata"].get("generation", 1)
     over = _is_over(status) or (status.state == "Invalid" and job is None)  # what runs is looked after
     return over and status.observed_generation == generation
+
+
+def is_refused(resource: Object) -> bool:
+    """Whether it is not tried as it stands; labels, annotations and the operator's settings change no generation.
+
+    So whatever comes of such a job has it judged anew.
+    """
+    return status_before(resource).state == "Invalid"
 
 
 def wants_pods(
@@ -177,7 +186,9 @@ def _is_over(status: FineTuneJobStatus) -> bool:
 def derive_ended(observed: Observed) -> Verdict:
     """Nothing changes any more; a new generation is acknowledged."""
     before = status_before(observed.resource)
-    after = before.model_copy(update={"observed_generation": observed.generation})
+    generation = {"observed_generation": observed.generation}
+    conditions = tuple(known.model_copy(update=generation) for known in before.conditions)  # `kubectl wait` reads these
+    after = before.model_copy(update={**generation, "conditions": conditions})
     life = seconds_to_live(observed.resource, observed.now)
     if life is None:
         return Verdict(after)

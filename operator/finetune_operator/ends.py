@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 
 from finetune_api.exits import ExitClass
 from finetune_api.report import EndedAttempt
+from finetune_api.status import FineTuneJobStatus
 from finetune_operator.failures import PodCause, is_user_error
-from finetune_operator.observe import TRAINER, Object, Observed, PodView
+from finetune_operator.observe import TRAINER, Object, Observed, PodView, parse_time
 from finetune_operator.sentences import as_sentence, unix_time
 
 _DISRUPTIONS = {
@@ -119,6 +121,14 @@ def publisher(pods: Iterable[PodView]) -> PodView | None:
     return next((pod for pod in over if pod.termination and pod.termination.artifact_manifest_sha256), None)
 
 
+def published_at(before: FineTuneJobStatus, newest: Iterable[PodView]) -> datetime | None:
+    """When that pod ended; the status still knows after the pod is gone."""
+    if first := publisher(newest):
+        return first.finished
+    last = before.attempts[-1] if before.artifacts and before.attempts else None
+    return parse_time(last.ended_at) if last else None
+
+
 def ends(observed: Observed) -> list[End]:
     """Every end that pods and launchers tell of, oldest first. Nothing may be concluded from pods not looked at."""
     pods = observed.pods or ()
@@ -182,7 +192,7 @@ def _pod_end(pod: PodView, observed: Observed) -> End | None:
     said = pod.termination
     return End(
         cause=cause,
-        ended_at=pod.finished or pod.deleted or observed.now,
+        ended_at=pod.finished or pod.failed or pod.deleted or pod.created,  # the same at every look
         message=message,
         gang=said.gang if said else "",
         uid=short_uid(pod.uid),
@@ -209,7 +219,7 @@ def _cause(pod: PodView, observed: Observed) -> tuple[str, str]:
     said = pod.termination
     if said and is_user_error(said.exit_class.value):
         return said.exit_class.value, with_hint(said.message, said.hint)
-    if pod.killed_for_memory:
+    if pod.killed_for_memory and _died_of_it(pod):
         return _out_of_memory(pod, observed)
     interrupted = said is None or said.exit_class == ExitClass.INTERRUPTED
     if interrupted and (outgrown := _outgrown(pod, observed)):
@@ -229,6 +239,15 @@ def _cause(pod: PodView, observed: Observed) -> tuple[str, str]:
     if said:
         return said.exit_class.value, with_hint(said.message, said.hint)
     return _by_code(pod)
+
+
+def _died_of_it(pod: PodView) -> bool:
+    """Whether the launcher, or a rank without which it could not go on, was killed for memory.
+
+    A runtime marks the container for good once any process of it was: after a rank that was restarted in place too.
+    """
+    said = pod.termination
+    return said is None or pod.exit_code == 128 + signal.SIGKILL or said.exit_class == ExitClass.RANK_KILLED
 
 
 def _by_reason(pod: PodView) -> PodCause | None:

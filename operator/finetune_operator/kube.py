@@ -133,9 +133,10 @@ class Kube:
                 return
             query["continue"] = token
 
-    async def peek(self, kind: Kind, namespace: str | None) -> None:
-        """One object at most: whether the kind is served and may be listed."""
-        await self._request("GET", kind, kind.path(namespace), query={"limit": "1"}, verb="list")
+    async def peek(self, kind: Kind, namespace: str | None) -> str:
+        """One object at most: whether the kind is served and may be listed; the resourceVersion of now."""
+        page = await self._request("GET", kind, kind.path(namespace), query={"limit": "1"}, verb="list")
+        return str(page["metadata"]["resourceVersion"])
 
     async def apply(self, manifest: Mapping[str, Any]) -> Object:
         """Server-side apply: brought back to what the manifest says (or created) by our own field manager."""

@@ -15,7 +15,7 @@ from datetime import datetime, timedelta
 from finetune_api.exits import ExitClass
 from finetune_api.report import Phase
 from finetune_api.status import FineTuneJobStatus, StatusAttempt, StatusRestarts
-from finetune_operator.ends import End, ends, gone, leaving, publisher, short_uid, stopping
+from finetune_operator.ends import End, ends, gone, leaving, published_at, publisher, short_uid, stopping
 from finetune_operator.failures import ECHO, PodCause, policy
 from finetune_operator.observe import Observed, PodView, parse_time
 from finetune_operator.progress_view import STEPPING
@@ -46,11 +46,11 @@ class Ledger:
 def fold(before: FineTuneJobStatus, observed: Observed, newest: Sequence[PodView]) -> Ledger:
     """The ledger after this look. ``newest``: the newest pod of every index (empty if pods were not looked at)."""
     book = _Book(before)
-    first = publisher(newest)
+    published = published_at(before, newest)
     for end in ends(observed):
-        if first is None or first.finished is None or end.ended_at < first.finished:
+        if published is None or end.ended_at < published:
             book.note(end)
-    if first is None or book.last is None:
+    if published is None or book.last is None:
         book.note_missing(observed)
         book.open(observed, newest)
     book.finish(observed, newest)

@@ -12,6 +12,10 @@ from finetune_operator.workqueue import Key
 _SELECTOR = ",".join(f"{name}={value}" for name, value in MANAGED.items())
 
 
+class Restored(Exception):
+    """etcd was restored from a backup: the cluster's time went back."""
+
+
 async def unreadable(kube: Kube, scopes: Collection[str | None]) -> dict[str | None, ApiError]:
     """Where FineTuneJobs and Jobs may not be listed: the namespace is gone, or its Role is missing.
 
@@ -43,8 +47,12 @@ async def list_jobs(kube: Kube, store: Store, namespaces: Collection[str]) -> se
 async def list_everything(kube: Kube, store: Store, scope: str | None) -> set[Key]:
     """Mirror FineTuneJobs and Jobs of a namespace (None: of the cluster), and forget those that are gone; what changed.
 
-    What the watches report meanwhile is kept: only what was known before can be missing. Raises ApiError.
+    What the watches report meanwhile is kept: only what was known before can be missing. Raises ApiError, or Restored:
+    all that the mirror would take for old from then on is news.
     """
+    known = store.newest_version
+    if int(now := await kube.peek(FINETUNEJOBS, scope)) < known:
+        raise Restored(f"the API server is at resourceVersion {now}, and was at {known} before")
     before = store.uids(scope)
     there: set[str] = set()
     changed: set[Key] = set()

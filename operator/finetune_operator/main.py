@@ -21,7 +21,7 @@ from finetune_operator.gather import Gatherer
 from finetune_operator.handlers import build_registry, build_settings
 from finetune_operator.kube import ApiError, Kube
 from finetune_operator.lease import Lease, LeaseLost
-from finetune_operator.listing import list_everything, list_jobs, unreadable
+from finetune_operator.listing import Restored, list_everything, list_jobs, unreadable
 from finetune_operator.logs import set_up
 from finetune_operator.metrics import RECONCILE_ERRORS, REGISTRY, LiveCollector, give_up_lead, take_lead
 from finetune_operator.pages import Pages
@@ -44,7 +44,7 @@ class NamespaceAppeared(Exception):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run until SIGTERM or a new namespace (0), a lost lease (1) or bad settings (2)."""
+    """Run until SIGTERM or a new namespace (0), a lost lease or a restored etcd (1), or bad settings (2)."""
     parser = argparse.ArgumentParser(prog="python -m finetune_operator", description="Operator for FineTuneJobs.")
     parser.add_argument("--config", type=Path, required=True, help="settings as JSON (docs/helm-values.md)")
     options = parser.parse_args(arguments)
@@ -94,6 +94,9 @@ class Operator:
             return 0
         except LeaseLost as error:
             log.error("%s: stopping, so that two operators never work at once", error)
+            return 1
+        except Restored as error:
+            log.error("%s: etcd was restored; starting again, because all that was known is void", error)
             return 1
         finally:
             give_up_lead()

@@ -69,6 +69,7 @@ class PodView:
     ready: bool = False
     started: datetime | None = None  # of the training container
     finished: datetime | None = None
+    failed: datetime | None = None  # about when; also of a pod none of whose containers ever ran
     exit_code: int | None = None
     killed_for_memory: bool = False
     memory_limit: str = ""  # of the training container, whoever set it
@@ -177,6 +178,7 @@ def pod_view(pod: Object) -> PodView:
         ready=conditions.get("Ready", {}).get("status") == "True",
         started=parse_time(terminated.get("startedAt") or state.get("running", {}).get("startedAt")),
         finished=parse_time(terminated.get("finishedAt")),
+        failed=_failed_at(pod) if status.get("phase") == "Failed" else None,
         exit_code=terminated.get("exitCode"),
         killed_for_memory=terminated.get("reason") == "OOMKilled",
         memory_limit=str(asked.get("resources", {}).get("limits", {}).get("memory", "")),
@@ -193,6 +195,14 @@ def pod_view(pod: Object) -> PodView:
         termination=termination,
         unread=unread,
     )
+
+
+def _failed_at(pod: Object) -> datetime | None:
+    """The newest that the pod itself tells: a kubelet that rejects one dates nothing."""
+    status = pod["status"]
+    moved = [parse_time(condition.get("lastTransitionTime")) for condition in status.get("conditions", ())]
+    times = [*moved, parse_time(status.get("startTime")), parse_time(pod["metadata"]["creationTimestamp"])]
+    return max((time for time in times if time is not None), default=None)
 
 
 def pod_index(metadata: Object) -> int:

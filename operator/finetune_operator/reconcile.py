@@ -28,6 +28,7 @@ from finetune_operator.derive import (
     derive_refused,
     dump,
     has_ended,
+    is_refused,
     is_settled,
     seconds_to_live,
 )
@@ -101,7 +102,7 @@ class Reconciler:
         job = self.store.job_of(key)
         if early := seconds_too_early(entry.resource, job, self.kube.now(), self.store.traffic):
             return early
-        if not is_settled(entry.resource, job):
+        if not is_settled(entry.resource, job) or is_refused(entry.resource):
             observed = await self.gatherer.gather(entry, job)
             try:
                 verdict = await self._judge(key, entry, observed)

@@ -82,6 +82,11 @@ class Store:
         rush = len(self._started) == _RUSH_STARTS and self._started[0] > lately
         return Traffic(len(self._live), len(self._starting), rush)
 
+    @property
+    def newest_version(self) -> int:
+        """The greatest resourceVersion of any FineTuneJob here; 0 without one."""
+        return max((int(entry.resource["metadata"]["resourceVersion"]) for entry in self._entries.values()), default=0)
+
     def states(self) -> Mapping[str, int]:
         """How many jobs are in which state."""
         return Counter(entry.resource.get("status", {}).get("state", "Pending") for entry in self._entries.values())

@@ -95,7 +95,7 @@ class LogKubelet:
                         sent += 1
                         if stamp >= since:
                             written = stamp.strftime("%Y-%m-%dT%H:%M:%S.%f000Z ") if "timestamps" in options else ""
-                            self._chunk(f"{written}{text}\n".encode())
+                            self._chunk(f"{written}{text}\n".encode(errors="surrogateescape"))
                         if log.break_after == sent:
                             log.break_after = None
                             self._hang_up()

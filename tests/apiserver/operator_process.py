@@ -55,11 +55,15 @@ class OperatorProcess:
         self.exits: list[int] = []
         self._kubeconfig = kubeconfig
         self._config = folder / "operator.json"
-        self._config.write_text(json.dumps(configuration))
+        self.configure(configuration)
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
         self._halt = threading.Event()
         self._watchman: threading.Thread | None = None
+
+    def configure(self, configuration: dict[str, Any]) -> None:
+        """Other settings, from the next start on."""
+        self._config.write_text(json.dumps(configuration))
 
     @property
     def log(self) -> str:

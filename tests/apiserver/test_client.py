@@ -1112,6 +1112,20 @@ def test_the_first_error_is_that_of_the_guilty_rank(shell: Shell, kube: Kube, bo
     )
 
 
+def test_the_output_of_a_launcher_that_was_killed_amid_a_letter_is_shown(
+    shell: Shell, kube: Kube, bot: str, kubelet: LogKubelet
+) -> None:
+    killed = b"Gr\xfc\xdfe, \xe2\x82".decode(errors="surrogateescape")
+    run_pod(kube, kubelet, bot, 0, "aaaaa").write(*(f"line {number}" for number in range(30)), killed)
+    end_pod(kube, kubelet, f"ftj-{bot}-0-aaaaa", None, 137)
+    code, said, complaint = shell("logs", bot, "--first-error")
+    assert (code, complaint) == (0, "")
+    assert [line.strip() for line in said.splitlines()[1:]] == [
+        *(f"| line {number}" for number in range(11, 30)),
+        "| Gr\ufffd\ufffde, \ufffd",
+    ]
+
+
 def test_of_an_invalid_job_the_first_error_is_every_problem_of_its_spec(shell: Shell, kube: Kube, bot: str) -> None:
     told = condition("Accepted", "False", "InvalidSpec", "spec.a: is wrong; mend it\nspec.b: is wrong; mend it")
     first = "spec.a: is wrong; mend it (and 1 more: see condition Accepted)"

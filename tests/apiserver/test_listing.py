@@ -13,7 +13,7 @@ from tests.apiserver.manifests import manifest
 
 from finetune_operator import kube as operator_kube
 from finetune_operator.kube import Kube
-from finetune_operator.listing import list_everything
+from finetune_operator.listing import Restored, list_everything
 from finetune_operator.store import Store
 
 
@@ -45,3 +45,9 @@ def test_a_listing_in_pages_finds_what_is_new_what_changed_and_what_is_gone(
     assert sorted(store.keys()) == [(namespace, name) for name in ("changed", "new-1", "new-2", "same")]
     assert store.get((namespace, "changed")).resource["spec"]["runPolicy"]["suspend"] is True  # type: ignore[union-attr]
     assert asyncio.run(listed()) == set(), "a second listing finds nothing"
+
+    later = kube.get("FineTuneJob", "same")
+    later["metadata"]["resourceVersion"] = str(10**15)  # seen before etcd was restored from a backup
+    store.saw_resource(later)
+    with pytest.raises(Restored, match=r"is at resourceVersion \d+, and was at 1000000000000000 before"):
+        asyncio.run(listed())

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.apiserver.kube import Document, Kube, Refused
+from tests.apiserver.kube import Document, Kube, Refused, wait
 from tests.apiserver.life import NAME, Life, events_of, job
 from tests.apiserver.manifests import manifest
 from tests.apiserver.operator_process import OperatorProcess, settings, wait_stopped
@@ -94,6 +94,31 @@ def test_rules_are_asked_again_for_a_job_made_again_under_its_name(there: Stage)
     there.kube.wait(lambda: there.kube.find("Job", JOB) is None, "the earlier Job is gone")
     there.quiet(2)
     assert (there.kube.find("Job", JOB), there.kube.get("FineTuneJob", NAME)["status"]["state"]) == (None, "Invalid")
+
+
+# ---- refused, and not by its spec ------------------------------------------------------------------------------------
+
+
+def test_a_job_refused_for_its_labels_starts_when_they_are_mended(there: Stage) -> None:
+    manifest = job()
+    manifest["metadata"]["labels"] = {f"finetune.dev/{number}": "x" for number in range(33)}
+    there.kube.create(manifest)
+    _until_message(there.kube, "metadata.labels: has 33 entries")
+    there.kube.patch("FineTuneJob", NAME, {"metadata": {"annotations": {"example.org/else": "no news"}}})
+    wait(lambda: not there.quiet(2), "it is judged again, and nothing is written", 60)
+    assert there.kube.get("FineTuneJob", NAME)["status"]["state"] == "Invalid"
+    there.kube.patch("FineTuneJob", NAME, {"metadata": {"labels": {"finetune.dev/7": None}}})
+    _trains(there)
+    assert events_of(there.kube)["Invalid"] == 1
+
+
+def test_a_job_refused_by_the_administrators_rules_starts_when_they_allow_it(there: Stage) -> None:
+    there.kube.create(job(output={"uri": "gs://elsewhere/out"}))
+    _until_message(there.kube, "spec.output.uri")
+    there.operator.stop()
+    there.operator.configure(settings(there.kube.namespace, uris={"schemes": ["s3", "gs"]}))
+    there.operator.start()
+    _trains(there)
 
 
 # ---- children --------------------------------------------------------------------------------------------------------

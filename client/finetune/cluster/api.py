@@ -47,6 +47,21 @@ class Cluster:
         except (ApiException, HTTPError, OSError) as error:
             raise translate(error, request, self.connection.server) from error
 
+    def pod_log(self, name: str, query: list[tuple[str, Any]], timeouts: tuple[float, float]) -> Any:
+        """The kubelet's answer, not read yet: urllib3's response, whatever its status.
+
+        The client's own method has no ``sinceTime`` and takes every byte for UTF-8.
+        """
+        request = self.core.api_client.param_serialize(
+            method="GET",
+            resource_path="/api/v1/namespaces/{namespace}/pods/{name}/log",
+            path_params={"namespace": self.namespace, "name": name},
+            query_params=query,
+            header_params={"Accept": "text/plain, application/json"},
+            auth_settings=["BearerToken"],
+        )
+        return self.core.api_client.call_api(*request, _request_timeout=timeouts).response
+
     # ---- jobs
 
     def jobs(self, everywhere: bool = False, selector: str = "") -> list[Mapping[str, Any]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kubernetes.client import ApiException
+
 from finetune.cluster.api import Cluster
 from finetune.cluster.errors import ClusterError, Request
 from finetune.cluster.job import FAILED, INVALID, Job
@@ -79,17 +81,18 @@ def _same_attempt(left: TrainerPod, right: TrainerPod) -> bool:
 def _tail(cluster: Cluster, pod: TrainerPod) -> tuple[str, ...]:
     request = Request("get", "pods/log", cluster.namespace, pod.name)
     try:
-        text = cluster.ask(
-            request,
-            cluster.core.read_namespaced_pod_log,
-            pod.name,
-            cluster.namespace,
-            container=CONTAINER,
-            tail_lines=LAST_LINES,
-        )
+        text = cluster.ask(request, _read, cluster, pod)
     except ClusterError:  # the node is gone; the ledger still tells the story
         return ()
-    return tuple(str(text).splitlines())
+    return tuple(text.decode("utf-8", errors="replace").splitlines())  # a process may be killed amid a letter
+
+
+def _read(cluster: Cluster, pod: TrainerPod, *, _request_timeout: tuple[float, float]) -> bytes:
+    answer = cluster.pod_log(pod.name, [("container", CONTAINER), ("tailLines", LAST_LINES)], _request_timeout)
+    text: bytes = answer.read()
+    if answer.status != 200:
+        raise ApiException(status=answer.status, reason=answer.reason)
+    return text
 
 
 def nothing_ran_screen(job: Job) -> str:

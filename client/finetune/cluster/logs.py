@@ -290,26 +290,20 @@ def _lines(cluster: Cluster, pod: TrainerPod, _rank: int, position: Position, re
 
 
 def _stream(cluster: Cluster, pod: TrainerPod, position: Position, reader: Reader) -> Any:
-    """The kubelet's answer, not read yet: urllib3's response.
+    """From the newest known line on (``sinceTime`` is of the kubelet's own clock, so nobody else's matters).
 
-    The client's own method has no ``sinceTime`` (its value is the kubelet's, so nobody's clock matters): from the
-    newest known line on, which is told again, so that a kubelet that lives answers at once.
+    That line is told again, so that a kubelet that lives answers at once.
     """
-    query = [("container", CONTAINER), ("timestamps", True), ("follow", _is_followed(pod, reader))]
+    query: list[tuple[str, Any]] = [
+        ("container", CONTAINER),
+        ("timestamps", True),
+        ("follow", _is_followed(pod, reader)),
+    ]
     if position.stamp:
         query.append(("sinceTime", position.stamp))
     elif reader.tail is not None:
         query.append(("tailLines", reader.tail))
-    client = cluster.core.api_client
-    request = client.param_serialize(
-        method="GET",
-        resource_path="/api/v1/namespaces/{namespace}/pods/{name}/log",
-        path_params={"namespace": cluster.namespace, "name": pod.name},
-        query_params=query,
-        header_params={"Accept": "text/plain, application/json"},
-        auth_settings=["BearerToken"],
-    )
-    return client.call_api(*request, _request_timeout=(CONNECT_SECONDS, _SILENCE_SECONDS)).response
+    return cluster.pod_log(pod.name, query, (CONNECT_SECONDS, _SILENCE_SECONDS))
 
 
 def _split(chunks: Iterator[bytes]) -> Iterator[str]:

@@ -70,6 +70,6 @@ def _termination(message: str | None) -> Termination | None:
     if not message:
         return None
     try:
-        return Termination.model_validate_json(message)
+        return Termination.model_validate_json(message, extra="ignore")  # a newer trainer may say more
     except ValidationError:
         return None

@@ -25,7 +25,7 @@ from finetune.cluster.kubeconfig import Connection
 from finetune.cluster.list_view import list_screen
 from finetune.cluster.logs import Position, new_lines, node_of_rank
 from finetune.cluster.pod_exec import open_exec
-from finetune.cluster.pods import TrainerPod
+from finetune.cluster.pods import TrainerPod, trainer_pods
 from finetune.cluster.status_view import EventLine, status_screen
 from finetune.cluster.tables import short_duration
 from finetune.cluster.wait import parse_target
@@ -332,6 +332,25 @@ def pod(name: str, termination: Termination | None, exit_code: int = 33, index: 
         reason="",
         termination=termination,
     )
+
+
+def test_the_last_word_of_a_newer_trainer_is_understood_as_far_as_it_goes() -> None:
+    message = '{"exitClass":"InvalidData","exitCode":11,"message":"line 3 is not JSON","mood":"good"}'
+    terminated = client.V1ContainerStateTerminated(exit_code=11, message=message)
+    state = client.V1ContainerState(terminated=terminated)
+    container = client.V1ContainerStatus(
+        name="trainer", ready=False, restart_count=0, image="", image_id="", state=state
+    )
+    metadata = client.V1ObjectMeta(name="p", uid="u", labels={"batch.kubernetes.io/job-completion-index": "0"})
+    metadata.creation_timestamp = NOW
+    seen = client.V1Pod(
+        metadata=metadata,
+        spec=client.V1PodSpec(containers=[client.V1Container(name="trainer")]),
+        status=client.V1PodStatus(phase="Failed", container_statuses=[container]),
+    )
+    (read,) = trainer_pods([seen])
+    assert read.termination is not None
+    assert (read.termination.exit_class, read.termination.message) == (ExitClass.INVALID_DATA, "line 3 is not JSON")
 
 
 def ended(exit_class: ExitClass, gang: str = "g2", **fields: object) -> Termination:

@@ -16,6 +16,8 @@ import pytest
 from tests.builders import build_model, conversations, write_jsonl
 from tests.unit.client.client_rig import COMMAND, environment, finetune, write_manifest
 
+from finetune.local import finished_before
+from finetune.manifests import read_job
 from finetune_storage import ObjectStore, find_artifact
 
 pytestmark = pytest.mark.multiprocess
@@ -68,6 +70,14 @@ def test_a_run_ends_with_a_verified_artifact_and_one_json_object_and_is_not_repe
     again = finetune("run", "first.yaml", "--output", "json", cwd=folder)
     assert (again.returncode, json.loads(again.stdout)) == (0, result)
     assert again.stderr.startswith("already complete: this manifest was trained before; nothing was done\n")
+
+
+@pytest.mark.parametrize("text", ["", '{"state": "Compl', '{"state": "Completed", "mood": "good"}'])
+def test_a_result_that_cannot_be_read_stands_in_nobodys_way(folder: Path, text: str) -> None:
+    """A full disk or a lost power supply cut it short, or another version wrote it."""
+    job = read_job(str(write_manifest(folder / "unread.yaml", name="unread")))
+    (folder / "result.json").write_text(text)
+    assert finished_before(folder, job) is None
 
 
 def test_ctrl_c_writes_a_checkpoint_says_how_to_go_on_and_the_next_run_resumes(folder: Path) -> None:

@@ -10,6 +10,7 @@ from tests.unit.operator.build_shapes import children, smallest
 from tests.unit.operator.job_life import Life, at, dead, job, new_pod, over, page, pod, said
 
 from finetune_api.exits import Cause, ExitClass
+from finetune_api.report import Termination
 from finetune_operator.ends import SIZED_BY
 from finetune_operator.failures import POLICIES, Budget, PodCause, allowed_disruptions, policy, spent
 from finetune_operator.verdict import StopJob
@@ -302,6 +303,24 @@ def test_a_pod_that_its_node_does_not_admit_is_a_disruption(reason: str) -> None
         ("Rejected", f"pod {rejected.name} was rejected by node n1: {message.removeprefix('Pod was rejected: ')}")
     ]
     assert life.status["state"] == "Restarting"
+
+
+def test_what_a_process_killed_for_memory_leaves_in_the_state_of_the_container_is_no_cause_later() -> None:
+    """A rank that was restarted in place long ago: the runtime says OOMKilled whatever the container ends of."""
+    marked = {"killed_for_memory": True, "memory_limit": "8Gi", "deleted": at(170), "asked_to_go": at(50)}
+    stopped = said(ExitClass.INTERRUPTED, "stopped", gang="g1", step=9)
+
+    def cause(exit_code: int, word: Termination | None) -> str:
+        life = Life(nodes=1)
+        life.look(0, job(nodes=1))
+        life.look(2, job(nodes=1, ready=1), [pod(0)], [page(0, step=3)])
+        life.look(60, job(nodes=1, failed=1), [dead(pod(0, **marked), 59, exit_code, word)])
+        return str(life.attempts("cause")[0][0])
+
+    assert cause(143, stopped) == "PodDeleted"
+    assert cause(33, said(ExitClass.COMMUNICATION_FAILED, "lost", gang="g1")) == "CommunicationFailed"
+    assert cause(31, said(ExitClass.RANK_KILLED, "rank 0 was killed by SIGKILL", gang="g1")) == "OutOfMemory"
+    assert (cause(137, None), cause(137, stopped)) == ("OutOfMemory", "OutOfMemory")
 
 
 def test_a_kubelet_of_old_that_does_not_say_rejected_is_known_by_its_reason() -> None:

@@ -49,6 +49,29 @@ def test_a_restart_in_place_told_by_two_launchers_counts_once() -> None:
     ]
 
 
+def test_pods_that_a_node_rejected_long_ago_end_no_attempt_that_runs_now() -> None:
+    """A failed pod stays for as long as its Job; the ledger lists the last twenty attempts only."""
+    life = Life(spec={"runPolicy": {"maxRestarts": 3}})
+    life.run()
+    meeting = [page(0, "", phase=Phase.RENDEZVOUS)]
+    there = [pod(0), dead(pod(1), 60, 143, said(ExitClass.INTERRUPTED, "stopped", gang="g1"))]
+    for number in range(25):
+        when = 100 + 60 * number
+        message = "Pod was rejected: Allocate failed due to no healthy devices"
+        there.append(
+            new_pod(1, name=f"ftj-bot-1-r{number:04d}", uid=f"r{number:07d}-x", created=at(when), failed=at(when))
+        )
+        there[-1] = replace(there[-1], phase="Failed", node="n2", reason="UnexpectedAdmissionError", message=message)
+        life.look(when + 2, job(ready=1), there, meeting)
+    there.append(pod(1, "z", created=at(1700), started=at(1701)))
+    restarts = life.status["restarts"]
+    for seconds in (1710, 1720, 2300):
+        pages = [page(node, "g9", step=7, attempt_started_at=at(1705).timestamp()) for node in (0, 1)]
+        verdict = life.look(seconds, job(ready=2), there, pages)
+        assert (life.status["state"], life.status["restarts"], verdict.commands) == ("Running", restarts, ())
+    assert life.attempts("cause", "gang")[-2:] == [("Rejected", None), (None, "g9")]
+
+
 def test_restarts_that_nobody_watched_are_all_in_the_ledger_afterwards() -> None:
     life = Life()
     life.look(0, job())

@@ -63,3 +63,13 @@ def test_a_suspended_job_whose_new_job_is_refused_stays_suspended() -> None:
     assert life.status["state"] == "Suspended"
     refused = derive_refused(life.observed(1, None), "the API server refuses the Job: quota").status
     assert (refused.state, refused.message) == ("Suspended", "the API server refuses the Job: quota")
+    assert {known.type: known.status for known in refused.conditions}["Suspended"] == "True"
+
+
+def test_a_resumed_job_whose_new_job_is_refused_is_not_suspended() -> None:
+    life = Life(spec={"runPolicy": {"suspend": True}})
+    life.look(0, job(suspended=True, active=0), [])
+    life.resource["spec"]["runPolicy"] = {"suspend": False}
+    refused = derive_refused(life.observed(1, None), "the API server refuses the Job: quota").status
+    assert refused.state == "Pending"
+    assert {known.type: known.status for known in refused.conditions}["Suspended"] == "False"

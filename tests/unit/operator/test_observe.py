@@ -57,6 +57,22 @@ def test_when_a_pod_was_asked_to_go_is_its_deadline_less_its_grace() -> None:
     assert pod_view(kubernetes_pod()).asked_to_go is None
 
 
+def test_a_pod_that_no_kubelet_has_admitted_failed_when_it_last_changed() -> None:
+    rejected = kubernetes_pod()
+    rejected["status"] = {"phase": "Failed", "reason": "UnexpectedAdmissionError", "message": "Pod was rejected: no"}
+    assert pod_view(rejected).failed == at(0)
+    rejected["status"]["startTime"] = text(3)
+    assert pod_view(rejected).failed == at(3)
+    scheduled, ready = ({"type": kind, "status": "True"} for kind in ("PodScheduled", "Ready"))
+    rejected["status"]["conditions"] = [
+        {**ready, "lastTransitionTime": text(8)},
+        {**scheduled, "lastTransitionTime": text(2)},
+    ]
+    assert pod_view(rejected).failed == at(8)
+    rejected["status"]["phase"] = "Running"
+    assert pod_view(rejected).failed is None
+
+
 @pytest.mark.parametrize("name", ["bot-debugger", "bot-0-abcde"])
 @pytest.mark.parametrize("labels", [{}, {"batch.kubernetes.io/job-completion-index": "x"}])
 def test_a_pod_without_an_index_is_no_rank(name: str, labels: dict[str, str]) -> None:

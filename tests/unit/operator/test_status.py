@@ -468,7 +468,8 @@ def test_nothing_happens_to_a_settled_job_except_that_a_new_generation_is_acknow
     life.resource["metadata"] = {**life.resource["metadata"], "generation": 2}
     assert not is_settled(life.resource)
     life.look(5001, None)
-    assert life.status == {**before, "observedGeneration": 2}
+    conditions = [{**known, "observedGeneration": 2} for known in before["conditions"]]
+    assert life.status == {**before, "observedGeneration": 2, "conditions": conditions}
     assert is_settled(life.resource)
 
 
@@ -561,6 +562,23 @@ def test_a_verified_artifact_is_the_end_whatever_happens_to_another_pod_afterwar
     assert life.condition("ArtifactsPublished")[:2] == ("True", "Verified")
     assert life.condition("PodsReady")[2] == "one pod has succeeded"
     assert (life.attempts("number", "cause"), "restarts" in life.status) == ([(1, "Completed")], True)
+    assert not [line for line in life.told if line.startswith("Restarting")]
+
+
+@pytest.mark.parametrize("fate", [[pod(1)], [dead(pod(1), 69, 32)], []], ids=["ends late", "fails", "is gone too"])
+def test_a_verified_artifact_is_known_though_the_pod_that_told_it_is_gone(fate: list[PodView]) -> None:
+    """A drain removes pods that have ended at once."""
+    life = Life(spec={"runPolicy": {"maxRestarts": 0}})
+    life.run()
+    known = job(succeeded=1, active=1, ready=1)
+    life.look(61, known, [_first_published(), pod(1)], [page(1, step=100, phase=Phase.DONE)])
+    told = life.status["artifacts"]
+    assert (told["manifestSha256"], life.status["metrics"]["trainLoss"]) == ("a" * 64, "1.25")
+    life.look(70, job(succeeded=1, active=1, ready=0), fate)
+    assert (life.status["state"], life.attempts("cause")) == ("Running", [("Completed",)])
+    life.look(121, job(succeeded=1, active=1, ready=0), fate)
+    assert (life.status["state"], life.status["message"]) == ("Complete", f"completed: 3 files at {URI}")
+    assert (life.status["artifacts"], life.attempts("number", "cause")) == (told, [(1, "Completed")])
     assert not [line for line in life.told if line.startswith("Restarting")]
 
 
