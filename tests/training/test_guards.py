@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,51 @@ RARE_LINE = 13
 
 def short(tag: str, method: str = "LoRA", engine: str = "DDP", **more: Any) -> Job:
     return Job(tag, METHODS[method], ENGINES[engine], {"training": SHORT}, **more)
+
+
+# -- samples that share a row -----------------------------------------------------------------------------------------
+def test_a_model_whose_samples_see_each_other_in_a_row_trains_one_by_one_only(tmp_path: Path) -> None:
+    ground = Ground(tmp_path, rows=24)
+    convolve(ground)
+
+    def job(tag: str, engine: str, micro_batch: int, *, packing: bool = False, fails: bool = True) -> Job:
+        blocks = {"training": {**SHORT, "microBatchSize": micro_batch}, "dataset": {"packing": packing}}
+        return Job(tag, METHODS["LoRA"], ENGINES[engine], blocks, fails=fails)
+
+    refused = [
+        job("DDP", "DDP", 4),
+        job("FSDP", "FSDP", 4),
+        job("ZeRO-3", "ZeRO-3", 4),
+        job("packed", "DDP", 1, packing=True),
+    ]
+    outcomes = ground.run([*refused, job("alone", "DDP", 1, fails=False)], 2)
+    for one in refused:
+        name, message = ground.failure(one)
+        assert name == "SelfCheckError"
+        assert re.fullmatch(
+            r"In Lfm2ForCausalLM a sample sees the one before it in its row \(its logits differ by 0\.\d+\): it has"
+            r" layers besides attention that mix tokens\.",
+            message,
+        ), message
+    assert len(outcomes["alone"].losses) == SHORT["maxSteps"]
+
+
+def convolve(ground: Ground) -> None:
+    """In the model's place one with a short convolution over the row."""
+    from transformers import AutoTokenizer, Lfm2Config, Lfm2ForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(ground.model)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = Lfm2Config(vocab_size=len(tokenizer), layer_types=["conv", "full_attention"], **sizes, **heads, **ends)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Lfm2ForCausalLM(config)
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.15)
+    model.save_pretrained(ground.model)
 
 
 # -- numbers that are not finite --------------------------------------------------------------------------------------

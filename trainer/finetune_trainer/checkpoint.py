@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from finetune_api.errors import CheckpointError, FineTuneError
+from finetune_api.errors import CheckpointError
 from finetune_api.report import CheckpointManifest, EvaluationRecord, FileEntry, SampleRecord, StepRecord
 from finetune_trainer.checkpoint_store import CheckpointStore, Restored
 from finetune_trainer.distributed import RankContext
@@ -89,16 +88,18 @@ class Checkpointer:
             path = self.staging / PROGRESS_FILE
             path.write_text(json.dumps(state.to_json()))
             files[PROGRESS_FILE] = path
-        parts = self._together(lambda: store.upload(state.step, files))
+        parts = self.context.together(lambda: store.upload(state.step, files))
         entries: list[FileEntry] = [entry for part in parts for entry in part]
-        self._together(lambda: self._commit(store, state, entries, engine) if self.context.is_first else None)
+        self.context.together(lambda: self._commit(store, state, entries, engine) if self.context.is_first else None)
         shutil.rmtree(self.staging, ignore_errors=True)
         size = sum(entry.bytes for entry in entries)
         return SavedCheckpoint(state.step, store.uri(state.step), time.monotonic() - started, size)
 
     def newest(self) -> Restored | None:
         """The newest whole checkpoint, on this node's disk; None where there is none. The same on every rank."""
-        found = self._together(lambda: self.store.newest(self.restored_directory) if self.context.is_first else None)[0]
+        found = self.context.together(
+            lambda: self.store.newest(self.restored_directory) if self.context.is_first else None
+        )[0]
         if found is None:
             return None
         self._fetch_on_other_nodes(self.store, found.manifest.step, self.restored_directory)
@@ -106,11 +107,11 @@ class Checkpointer:
 
     def fetch(self, store: CheckpointStore, step: int, directory: Path) -> CheckpointManifest | None:
         """One checkpoint onto rank 0's disk (for export)."""
-        return self._together(lambda: store.fetch(step, directory) if self.context.is_first else None)[0]
+        return self.context.together(lambda: store.fetch(step, directory) if self.context.is_first else None)[0]
 
     def _fetch_on_other_nodes(self, store: CheckpointStore, step: int, directory: Path) -> None:
         other = self.context.is_first_on_node and not self.context.is_first
-        self._together(lambda: store.fetch(step, directory) if other else None)
+        self.context.together(lambda: store.fetch(step, directory) if other else None)
 
     def _commit(self, store: CheckpointStore, state: TrainingState, entries: list[FileEntry], engine: Engine) -> None:
         fields = {
@@ -137,24 +138,6 @@ class Checkpointer:
         file = f"state-{self.context.rank:05d}-of-{self.context.world_size:05d}.safetensors"
         save_file(part, self.staging / file)
         return {file: self.staging / file}
-
-    def _together(self, work: Callable[[], Any]) -> list[Any]:
-        """Run on every rank; if it fails on any, every rank raises that error (none is left in a collective)."""
-        value, trouble = None, None
-        try:
-            value = work()
-        except FineTuneError as error:
-            trouble = error
-        told = None if trouble is None else (trouble.exit_class, str(trouble), trouble.hint)
-        gathered = self.context.gather((value, told))
-        if trouble is not None:
-            raise trouble
-        for _, peer in gathered:
-            if peer is not None:
-                peers_trouble = FineTuneError(peer[1], hint=peer[2])
-                peers_trouble.exit_class = peer[0]
-                raise peers_trouble
-        return [result for result, _ in gathered]
 
 
 class CheckpointReader:

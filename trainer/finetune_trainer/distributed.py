@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from finetune_api.errors import FineTuneError
+
+T = TypeVar("T")
+_MEETING_SECONDS = 3.0  # well below the shortest collective timeout, which is 10 s
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,65 @@ class RankContext:
 
     def barrier(self) -> None:
         self.all_reduce_sum([0.0])
+
+    def apart(self, work: Callable[[], T]) -> list[T]:
+        """Work without collectives that takes some rank long (storage, a merge); what came of it, in rank order.
+
+        The others would give up a collective that waits for it: so the ranks meet again and again while it goes on,
+        on a thread of its own. What ``work`` raises is raised on its rank alone.
+        """
+        if self.world_size == 1:
+            return [work()]
+        going = _Going(work)
+        while True:
+            told = self.gather(going.wait(_MEETING_SECONDS))
+            if all(over for over, _ in told):
+                return [result for _, result in told]
+
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """The same, but a :class:`FineTuneError` of any rank is raised on every rank."""
+
+        def guarded() -> tuple[T | None, tuple[Any, ...] | None]:
+            try:
+                return work(), None
+            except FineTuneError as error:
+                troubles.append(error)
+                return None, (error.exit_class, str(error), error.hint)
+
+        troubles: list[FineTuneError] = []
+        ended = self.apart(guarded)
+        if troubles:
+            raise troubles[0]
+        for _, told in ended:
+            if told is not None:
+                trouble = FineTuneError(told[1], hint=told[2])
+                trouble.exit_class = told[0]
+                raise trouble
+        return [result for result, _ in ended]  # type: ignore[misc]
+
+
+class _Going(Generic[T]):
+    """Work on a thread of its own, which holds up no end of the process."""
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        self._work = work
+        self._result: tuple[bool, T | None] = (False, None)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._result = (True, self._work())
+        except BaseException as error:
+            self._error = error
+
+    def wait(self, seconds: float) -> tuple[bool, Any]:
+        """Whether it is over by then, and what came of it; raises what it raised."""
+        self._thread.join(seconds)
+        if self._error is not None:
+            raise self._error
+        return self._result
 
 
 def join_process_group(device_type: str, timeout_seconds: int) -> RankContext:

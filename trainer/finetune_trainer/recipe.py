@@ -124,6 +124,8 @@ class Run:
         """Step-0 self-check on every rank, then the base model's validation loss."""
         first = to_device(collate([self.data.train[0]]), self.context.device)
         selfcheck.check_head(self.loaded.module.model, self.engine, first, self.context)
+        if self.spec.dataset.packing or self.plan.micro_batch_size > 1:
+            selfcheck.check_isolation(self.loaded.module.model, self.engine, self.data, self.context.device)
         facts = selfcheck.inspect_rank(self.engine, self.data, self.context, self.loaded.weights)
         self.self_check = self.context.gather(facts)
         selfcheck.compare_with_plan(self.plan, self.self_check)
@@ -279,14 +281,15 @@ class Run:
         store = self.best_store if best is not None else self.checkpointer.store
         directory = Path(self.job.work_directory) / "export-checkpoint"
         self.checkpointer.fetch(store, best if best is not None else self.state.step, directory)
-        result = None
-        if self.context.is_first:
-            from finetune_trainer.publication import publish_job  # its libraries would delay the first step
-
-            result = publish_job(self, directory)
-            self._say(f"published {result.artifact_uri} (manifest sha256 {result.artifact_manifest_sha256})")
-        self.context.barrier()
+        result, *_ = self.context.together(lambda: self._publish_from(directory) if self.context.is_first else None)
         self.heartbeat.update(phase=Phase.DONE)
+        return result if self.context.is_first else None
+
+    def _publish_from(self, directory: Path) -> JobResult:
+        from finetune_trainer.publication import publish_job  # its libraries would delay the first step
+
+        result = publish_job(self, directory)
+        self._say(f"published {result.artifact_uri} (manifest sha256 {result.artifact_manifest_sha256})")
         return result
 
     # -- helpers -----------------------------------------------------------------------------------------------------

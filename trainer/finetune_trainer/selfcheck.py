@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from finetune_api.errors import SelfCheckError
@@ -12,12 +14,15 @@ from finetune_api.plan import Plan
 from finetune_api.spec import MethodType, Precision, StrategyType
 from finetune_trainer import attention
 from finetune_trainer.checkpoint import full_numel
-from finetune_trainer.data import Batch, PreparedData
+from finetune_trainer.data import Batch, PreparedData, Sample, collate
 from finetune_trainer.distributed import RankContext
 from finetune_trainer.engines.base import Engine
+from finetune_trainer.evaluation import to_device
 from finetune_trainer.model import DTYPES, row_arguments
 from finetune_trainer.tuners.base import is_packed
 
+_ISOLATED_TOKENS = 64
+_ISOLATION_TOLERANCE = {Precision.FP32: 1e-4, Precision.BF16: 0.02, Precision.FP16: 0.005}  # experts round differently
 _LOGIT_TOLERANCE = {Precision.FP32: 1e-3, Precision.BF16: 0.15, Precision.FP16: 0.05}
 
 
@@ -124,6 +129,31 @@ def check_head(model: nn.Module, engine: Engine, batch: Batch, context: RankCont
             f"loss does not know (difference {difference:.3g}).",
             hint="Choose another base model, or report this architecture.",
         )
+
+
+def check_isolation(model: nn.Module, engine: Engine, data: PreparedData, device: torch.device) -> None:
+    """Samples that share a row never see each other: the second one's logits do not change with the first one.
+
+    Attention is told where samples begin. Layers that mix tokens in another way (convolutions, state spaces) are not,
+    and nothing else would show it.
+    """
+    tokens = data.train[0].input_ids[:_ISOLATED_TOKENS]
+    other = (tokens + 1) % (int(tokens.max()) + 1)
+    rows = ([_sample(first), _sample(tokens)] for first in (tokens, other))
+    same, changed = (engine.evaluate(to_device(collate(row), device), last_token=True)[-1] for row in rows)
+    difference = float((same - changed).abs().max())
+    if difference > _ISOLATION_TOLERANCE[engine.plan.precision] * max(1.0, float(same.abs().max())):
+        raise SelfCheckError(
+            f"In {type(model).__name__} a sample sees the one before it in its row (its logits differ by"
+            f" {difference:.3g}): it has layers besides attention that mix tokens.",
+            hint="Set training.microBatchSize to 1 and dataset.packing to false, or choose another base model.",
+        )
+
+
+def _sample(tokens: NDArray[np.int32]) -> Sample:
+    labels = tokens.copy()
+    labels[0] = -100
+    return Sample(tokens, labels, np.array([len(tokens)], dtype=np.int32))
 
 
 def _name(dtype: torch.dtype) -> str:

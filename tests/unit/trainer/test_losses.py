@@ -147,6 +147,7 @@ def test_a_linear_head_with_a_transform_is_the_direct_computation(transform: str
         ({"final_logit_softcapping": 30.0}, LogitTransform(softcap=30.0)),
         ({"logits_scaling": 8.0}, LogitTransform(scale=0.125)),
         ({"logit_scale": 0.0625}, LogitTransform(scale=0.0625)),
+        ({"lm_head_multiplier": 0.5}, LogitTransform(scale=0.5)),
     ],
 )
 def test_the_transform_is_read_from_the_names_that_configurations_use(

@@ -41,8 +41,9 @@ class LogitTransform:
 
     @classmethod
     def of(cls, config: Any) -> LogitTransform:
-        """From the names public configurations use (Gemma 2, Granite, Cohere)."""
+        """From the names public configurations use (Gemma 2, Granite, Cohere, Falcon H1)."""
         scale = float(getattr(config, "logit_scale", None) or 1.0)
+        scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)
         if scaling := getattr(config, "logits_scaling", None):
             scale /= float(scaling)
         return cls(scale=scale, softcap=getattr(config, "final_logit_softcapping", None))
