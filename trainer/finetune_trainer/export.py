@@ -116,6 +116,7 @@ def merge(config: WorkerConfig, loaded: LoadedModel, checkpoint: CheckpointReade
         config.model_directory, dtype=torch.float32, trust_remote_code=remote_code
     )
     _replace_by_trained_weights(base, loaded, tuner)
+    _untie_what_was_trained_apart(base, loaded.module.model)
     trained = {"base_model.model." + name: checkpoint.weight(name) for name in checkpoint.names}
     state = get_peft_model_state_dict(tuner.peft_model, state_dict=trained, save_embedding_layers=False)
     tuned: PeftModel = get_peft_model(base, tuner.peft_model.peft_config["default"])
@@ -135,6 +136,19 @@ def _replace_by_trained_weights(base: nn.Module, loaded: LoadedModel, tuner: Any
             twin = type(stored)(linear, stored.quant_type, stored.double, stored.compute_dtype)
             twin.quantize(linear.weight.to(stored.compute_dtype))
             linear.weight.copy_(twin.dequantize(torch.float32))
+
+
+def _untie_what_was_trained_apart(base: Any, tuned: Any) -> None:
+    """PEFT merges into the tensor that it finds: a shared one would change input and output embeddings alike."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    trained = (tuned.get_output_embeddings(), tuned.get_input_embeddings())
+    if head.weight is embedding.weight and any(isinstance(m, BaseTunerLayer | ModulesToSaveWrapper) for m in trained):
+        head.weight = nn.Parameter(head.weight.detach().clone())
+        for settings in (base.config, base.config.get_text_config()):
+            settings.tie_word_embeddings = False
 
 
 def _lora(loaded: LoadedModel) -> Any:

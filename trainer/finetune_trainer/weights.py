@@ -41,16 +41,23 @@ class PretrainedWeights(WeightSource):
 
     description = "safetensors read unit by unit"
 
-    def __init__(self, directory: Path, base_prefix: str) -> None:
+    def __init__(self, directory: Path, base_prefix: str, tied_names: dict[str, list[str]]) -> None:
         self.directory = directory
         self.prefix = base_prefix + "."
+        self.tied_names = tied_names
         self.files = _tensor_files(directory)
         self._open: dict[str, Any] = {}
 
     def resolve(self, name: str) -> str | None:
-        """The checkpoint's spelling of a parameter's name: some checkpoints leave out the base model's prefix."""
-        candidates = (name, name.removeprefix(self.prefix), self.prefix + name)
-        return next((candidate for candidate in candidates if candidate in self.files), None)
+        """The checkpoint's spelling of a parameter's name: some checkpoints leave out the base model's prefix.
+
+        A tied parameter is stored under one of its names, yet a method may ask for each (a copy to be trained apart).
+        """
+        for one in self.tied_names.get(name, [name]):
+            candidates = (one, one.removeprefix(self.prefix), self.prefix + one)
+            if found := next((candidate for candidate in candidates if candidate in self.files), None):
+                return found
+        return None
 
     def fill(self, module: nn.Module, names: dict[str, str]) -> dict[str, torch.Tensor]:
         found = {}
@@ -143,7 +150,7 @@ class RandomWeights(WeightSource):
 
 def pretrained_source(directory: Path, model: Any, dtype: torch.dtype, allow_remote_code: bool) -> WeightSource:
     """Unit-by-unit reading where every tensor has the model's own name, else transformers' conversion."""
-    source = PretrainedWeights(directory, model.base_model_prefix)
+    source = PretrainedWeights(directory, model.base_model_prefix, _tied_names(model))
     names = [name for name, _ in model.named_parameters()]
     if all(source.resolve(name) is not None for name in names):
         return source
@@ -252,6 +259,14 @@ def _tied(model: nn.Module) -> set[int]:
     """Ids of the parameters that have more than one name."""
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     return {identity for identity, count in uses.items() if count > 1}
+
+
+def _tied_names(model: nn.Module) -> dict[str, list[str]]:
+    """Name of a tied parameter -> all its names, in the model's order."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return {name: names for names in groups.values() if len(names) > 1 for name in names}
 
 
 def _return_freed_memory() -> None:
