@@ -10,10 +10,22 @@ from typing import Any
 import pytest
 import torch
 from ruamel.yaml import YAML
-from tests.training.jobs import ENGINES, METHODS, Ground, Job, Outcome, row_logits, validation_loss, with_adapter
+from tests.builders import CHATML
+from tests.training.jobs import (
+    ENGINES,
+    METHODS,
+    Ground,
+    Job,
+    Outcome,
+    row_logits,
+    run_together,
+    validation_loss,
+    with_adapter,
+)
 from tests.training.sharing import shared_folder
 
 from finetune_storage import ObjectStore, fetch_artifact, file_digest
+from finetune_trainer.worker_config import WorkerConfig
 
 pytestmark = pytest.mark.multiprocess
 
@@ -49,7 +61,59 @@ JOBS = [
     job("QLoRA merged", METHODS["QLoRA"], "FSDP", "MergedModel"),
     job("Full", METHODS["Full"], "FSDP", "FullModel"),
 ]
+REMOTE = {
+    "remote full": ("Full", "FullModel"),
+    "remote merged": ("LoRA", "MergedModel"),
+    "remote adapter": ("LoRA", None),
+}
+TOOL_TEMPLATE = CHATML.replace("{% for", "<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% for", 1)
+ARCHITECTURE = """
+from transformers import LlamaForCausalLM
+from .configuration_house import HouseConfig
+
+class HouseForCausalLM(LlamaForCausalLM):
+    config_class = HouseConfig
+"""
+CONFIGURATION = """
+from transformers import LlamaConfig
+
+class HouseConfig(LlamaConfig):
+    model_type = "house"
+"""
 ADAPTERS = ["LoRA DDP", "DoRA", "saved", *QUANTIZED]
+
+
+def grounds(folder: Path) -> tuple[Ground, Ground]:
+    """One whose model has a template for tools, and one whose model brings its own code."""
+    plain, remote = Ground(folder), Ground(folder / "remote", rows=24)
+    (plain.model / "additional_chat_templates").mkdir(exist_ok=True)
+    (plain.model / "additional_chat_templates" / "tool_use.jinja").write_text(TOOL_TEMPLATE)
+    (remote.model / "configuration_house.py").write_text(CONFIGURATION)
+    (remote.model / "modeling_house.py").write_text(ARCHITECTURE)
+    classes = {
+        "AutoConfig": "configuration_house.HouseConfig",
+        "AutoModelForCausalLM": "modeling_house.HouseForCausalLM",
+    }
+    config = json.loads((remote.model / "config.json").read_text())
+    config |= {"model_type": "house", "architectures": ["HouseForCausalLM"], "auto_map": classes}
+    (remote.model / "config.json").write_text(json.dumps(config))
+    return plain, remote
+
+
+def remote_job(ground: Ground, tag: str) -> Job:
+    def allow(worker: WorkerConfig) -> WorkerConfig:
+        trainer = worker.trainer.model_copy(update={"allow_remote_code": True})
+        return worker.model_copy(update={"trainer": trainer})
+
+    method, output_format = REMOTE[tag]
+    one = job(tag, METHODS[method], "DDP", output_format, change=allow)
+    one.settings["model"] = {"uri": f"file://{ground.model}", "trustRemoteCode": True}
+    return one
+
+
+def run_all(folder: Path) -> None:
+    plain, remote = grounds(folder)
+    run_together([*((plain, one) for one in JOBS), *((remote, remote_job(remote, tag)) for tag in REMOTE)], 2)
 
 
 class Published:
@@ -57,6 +121,7 @@ class Published:
 
     def __init__(self, folder: Path, fetched: Path) -> None:
         self.ground, self.fetched = Ground(folder), fetched
+        self.remote = Ground(folder / "remote")
         self.outcomes: dict[str, Outcome] = {one.tag: self.ground.outcome(one) for one in JOBS}
         rows = self.ground.data(JOBS[0]).validation
         assert rows is not None
@@ -89,7 +154,7 @@ class Published:
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Published:
-    folder = shared_folder(tmp_path_factory, "artifacts", lambda folder: Ground(folder).run(JOBS, 2))
+    folder = shared_folder(tmp_path_factory, "artifacts", run_all)
     return Published(folder, tmp_path_factory.mktemp("fetched"))
 
 
@@ -170,7 +235,8 @@ def test_every_manifest_names_every_file_with_its_digest(published: Published) -
         directory = published.fetch(one.tag)
         manifest = json.loads((directory / "manifest.json").read_text())
         listed = {entry["path"]: (entry["sha256"], entry["bytes"]) for entry in manifest["files"]}
-        present = {path.name: file_digest(path) for path in directory.iterdir() if path.name != "manifest.json"}
+        files = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
+        present = {name: file_digest(path) for name, path in files.items() if name != "manifest.json"}
         assert listed == present, one.tag
 
 
@@ -185,6 +251,34 @@ def test_report_card_and_tokenizer_lie_beside_the_weights(published: Published) 
         is_adapter = (directory / "adapter_config.json").exists()
         assert matter["library_name"] == ("peft" if is_adapter else "transformers"), one.tag
         assert (directory / "tokenizer.json").read_bytes() == (published.ground.model / "tokenizer.json").read_bytes()
+
+
+def test_an_artifacts_tokenizer_writes_a_conversation_with_tools_as_the_base_does(published: Published) -> None:
+    from transformers import AutoTokenizer
+
+    tools = [{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}]
+    messages = [{"role": "user", "content": "hello"}]
+    places = [published.ground.model, *(published.fetch(one.tag) for one in JOBS)]
+    texts = {AutoTokenizer.from_pretrained(at).apply_chat_template(messages, tools, tokenize=False) for at in places}
+    assert len(texts) == 1
+    assert "look_up" in texts.pop()
+
+
+def test_a_model_with_its_own_code_is_published_with_it(published: Published) -> None:
+    from transformers import AutoModelForCausalLM
+
+    for tag in REMOTE:
+        outcome = published.remote.outcome(remote_job(published.remote, tag))
+        code = sorted(path.name for path in outcome.artifact.glob("*.py"))
+        if tag == "remote adapter":
+            assert code == [], "its base has it"
+            continue
+        assert code == ["configuration_house.py", "modeling_house.py"]
+        model = AutoModelForCausalLM.from_pretrained(outcome.artifact, trust_remote_code=True).eval()
+        assert type(model).__name__ == "HouseForCausalLM"
+        rows = published.remote.data(remote_job(published.remote, tag)).validation
+        assert rows is not None
+        assert abs(validation_loss(model, rows) - outcome.report["evaluations"][-1]["loss"]) <= 1e-4, tag
 
 
 def test_the_tags_of_this_file_are_different() -> None:

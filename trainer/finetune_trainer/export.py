@@ -17,6 +17,13 @@ from finetune_api.spec import OutputFormat
 from finetune_trainer.checkpoint import CheckpointReader
 from finetune_trainer.data import DEFAULT_CHAT_TEMPLATE, PreparedData
 from finetune_trainer.loading import LoadedModel
+from finetune_trainer.model_files import (
+    CODE_PATTERNS,
+    TOKENIZER_PATTERNS,
+    matching_files,
+    read_json,
+    remote_code_allowed,
+)
 from finetune_trainer.tuners.base import is_packed
 from finetune_trainer.worker_config import WorkerConfig
 
@@ -24,18 +31,6 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 _SHARD_BYTES = 5 * 10**9
-_COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
 
 
 def export(config: WorkerConfig, loaded: LoadedModel, checkpoint: CheckpointReader, directory: Path) -> None:
@@ -43,12 +38,23 @@ def export(config: WorkerConfig, loaded: LoadedModel, checkpoint: CheckpointRead
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     _EXPORTERS[config.trainer.plan.output_format](config, loaded, checkpoint, directory)
-    for name in _COMPANIONS:
-        source = Path(config.model_directory) / name
-        if source.exists():
-            shutil.copyfile(source, directory / name)
+    _copy(Path(config.model_directory), TOKENIZER_PATTERNS, directory)
+    if remote_code_allowed(config.trainer) and _names_code(directory):
+        _copy(Path(config.model_directory), CODE_PATTERNS, directory)
     if PreparedData.open(config.data_directory).counts["chatTemplate"] == "default":  # trained on, so served with
         (directory / "chat_template.jinja").write_text(DEFAULT_CHAT_TEMPLATE)
+
+
+def _copy(source: Path, patterns: tuple[str, ...], directory: Path) -> None:
+    for name in matching_files(source, patterns):
+        (directory / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, directory / name)
+
+
+def _names_code(directory: Path) -> bool:
+    """Whether transformers would look for Python files here; an adapter's model finds them in its base."""
+    settings = (directory / name for name in ("config.json", "tokenizer_config.json"))
+    return any("auto_map" in read_json(file, str(directory)) for file in settings if file.exists())
 
 
 def _adapter(_config: WorkerConfig, loaded: LoadedModel, checkpoint: CheckpointReader, directory: Path) -> None:

@@ -26,8 +26,7 @@ from finetune_trainer.safetensors_check import check_weights
 Progress = Callable[[str, float | None, float | None], None]  # what, bytes on local disk, bytes in all
 
 DOCUMENT_PATTERNS = ("README.md", "LICENSE*")
-DESCRIPTION_PATTERNS = (
-    "config.json",
+TOKENIZER_PATTERNS = (  # what text becomes tokens by, and where generation stops
     "generation_config.json",
     "tokenizer*.json",
     "tokenizer*.model",
@@ -42,8 +41,8 @@ DESCRIPTION_PATTERNS = (
     "chat_template.jin*",
     "chat_template.json",
     "additional_chat_templates/*.jinja",
-    *DOCUMENT_PATTERNS,
 )
+DESCRIPTION_PATTERNS = ("config.json", *TOKENIZER_PATTERNS, *DOCUMENT_PATTERNS)
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 CODE_PATTERNS = ("*.py",)
 _NEVER = ("consolidated*.safetensors", "adapter_model.safetensors")  # a second copy of the weights; an adapter
@@ -86,7 +85,7 @@ def wanted_patterns(config: TrainerConfig) -> tuple[str, ...]:
     return (
         DESCRIPTION_PATTERNS
         + (WEIGHT_PATTERNS if with_weights else ())
-        + (CODE_PATTERNS if _remote_code_allowed(config) else ())
+        + (CODE_PATTERNS if remote_code_allowed(config) else ())
     )
 
 
@@ -129,8 +128,17 @@ def fingerprints(config: TrainerConfig, directory: Path) -> dict[str, str]:
     (README.md, licences) may change.
     """
     patterns = [pattern for pattern in wanted_patterns(config) if pattern not in DOCUMENT_PATTERNS]
-    files = [file for file in sorted(directory.iterdir()) if file.is_file() and not _matches(file.name, _NEVER)]
-    return {file.name: _fingerprint(file) for file in files if _matches(file.name, patterns)}
+    return {
+        name: _fingerprint(directory / name)
+        for name in matching_files(directory, patterns)
+        if not _matches(name, _NEVER)
+    }
+
+
+def matching_files(directory: Path, patterns: Iterable[str]) -> list[str]:
+    """Paths below ``directory`` in order; a pattern crosses directories only where it says so."""
+    found = {file for pattern in patterns for file in directory.glob(pattern) if file.is_file()}
+    return sorted(file.relative_to(directory).as_posix() for file in found)
 
 
 def _fingerprint(file: Path) -> str:
@@ -200,7 +208,7 @@ def _check_remote_code(config: TrainerConfig, content: dict[str, Any], directory
     named = [
         name for name, found in (("config.json", content), ("tokenizer_config.json", settings)) if "auto_map" in found
     ]
-    if not named or _remote_code_allowed(config):
+    if not named or remote_code_allowed(config):
         return
     needed = (
         "the administrator must allow remote code"
@@ -213,7 +221,8 @@ def _check_remote_code(config: TrainerConfig, content: dict[str, Any], directory
     )
 
 
-def _remote_code_allowed(config: TrainerConfig) -> bool:
+def remote_code_allowed(config: TrainerConfig) -> bool:
+    """Whether both consents are there, the job's and the administrator's."""
     return config.spec.model.trust_remote_code and config.allow_remote_code
 
 

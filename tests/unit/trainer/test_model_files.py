@@ -58,6 +58,10 @@ def _refusal(config: TrainerConfig) -> str:
     return str(caught.value)
 
 
+def _contents(directory: Path) -> dict[Path, bytes]:
+    return {file.relative_to(directory): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
+
+
 def _split(model: Path) -> None:
     """Rewrite the model as two shards with an index."""
     from safetensors.torch import load_file, save_file
@@ -96,13 +100,15 @@ def test_a_model_in_a_bucket_is_downloaded_once(
         store.put(file.name, file)
     store.put("pytorch_model.bin", b"pickles are left where they are")
     store.put("optimizer/state.safetensors", b"not of the model")
+    store.put("additional_chat_templates/tool_use.jinja", b"{{ tools }}")
     seen: list[tuple[str, float | None, float | None]] = []
     config = _config(uri, tmp_path)
     directory = fetch_model(config, lambda *progress: seen.append(progress))
     assert directory.parent == tmp_path / "cache" / "models"
-    assert {file.name for file in directory.iterdir()} == {file.name for file in model.iterdir()}
-    assert all((directory / file.name).read_bytes() == file.read_bytes() for file in model.iterdir())
-    total = sum(file.stat().st_size for file in model.iterdir())
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    assert _contents(directory) == _contents(model)
+    total = sum(len(content) for content in _contents(model).values())
     assert seen[0] == ("downloading model files (bytes)", 0, total)
     assert seen[-1] == ("downloading model files (bytes)", total, total)
     stamp = (directory / "config.json").stat().st_mtime_ns
@@ -281,8 +287,11 @@ def test_the_fingerprint_is_of_what_is_trained_from_and_of_its_content_alone(mod
     (model / "README.md").write_text("a document")
     (model / "optimizer.pt").write_text("not ours")
     (model / "consolidated.safetensors").write_text("the weights once more")
+    tool_template = "additional_chat_templates/tool_use.jinja"
+    (model / tool_template).parent.mkdir()
+    (model / tool_template).write_text("{{ tools }}")
     before = fingerprints(config, model)
-    assert {"config.json", "tokenizer.json", "model.safetensors"} <= before.keys()
+    assert {"config.json", "tokenizer.json", "model.safetensors", tool_template} <= before.keys()
     assert not {"README.md", "optimizer.pt", "consolidated.safetensors"} & before.keys()
     assert fingerprints(config, shutil.copytree(model, tmp_path / "copy")) == before
     content = bytearray((model / "model.safetensors").read_bytes())

@@ -25,18 +25,9 @@ from finetune_trainer.data.samples import ProgressClock, SampleMaker, SampleWrit
 from finetune_trainer.data.sources import Source, fetch_sources
 from finetune_trainer.data.split import Split, assemble
 from finetune_trainer.data.tokenizing import RecordEncoder, TokenizerFacts, check_tokenizer, load_tokenizer
+from finetune_trainer.model_files import TOKENIZER_PATTERNS, matching_files
 
 PREPARATION_VERSION = 1  # raised when the same input gives other tokens, masks, rows or counts
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "config.json",
-)
 
 ReportProgress = Callable[[str], None]
 
@@ -206,8 +197,7 @@ def _digest(dataset: Dataset, sources: list[Source], model_directory: Path) -> s
     settings = dataset.model_dump(mode="json", include={"max_sequence_length", "packing", "loss_on", "truncation"})
     tokenizer_files = {
         name: hashlib.sha256((model_directory / name).read_bytes()).hexdigest()
-        for name in _TOKENIZER_FILES
-        if (model_directory / name).is_file()
+        for name in matching_files(model_directory, ("config.json", *TOKENIZER_PATTERNS))
     }
     document = {
         "versions": [FORMAT_VERSION, PREPARATION_VERSION],

@@ -289,7 +289,12 @@ def test_what_defines_the_tokens_defines_the_directory(bench: Workbench) -> None
     others.add(bench.prepare().directory)
     (bench.model / "chat_template.jinja").write_text(CHATML.replace("user", "human") + " ")
     others.add(bench.prepare().directory)
-    assert len(others | {first}) == 5
+    tool_template = bench.model / "additional_chat_templates" / "tool_use.jinja"
+    tool_template.parent.mkdir()
+    for text in (CHATML, CHATML + " "):
+        tool_template.write_text(text)
+        others.add(bench.prepare().directory)
+    assert len(others | {first}) == 7
 
 
 def test_preparation_is_reproducible_to_the_byte(tmp_path: Path) -> None:
