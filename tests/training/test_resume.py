@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 from tests.training.jobs import ENGINES, METHODS, Ground, Job, largest_difference, rank_environment
 
 from finetune_api.trainer_config import Rendezvous
@@ -83,6 +84,37 @@ def test_a_checkpoint_continues_at_another_world_size_with_the_same_losses(groun
     ground.run([job("e", "DDP", cut=13, stop_after_cut=True, output="changing")], 1)
     changed = ground.run([job("f", "ZeRO-2", output="changing")], 2)["f"]
     assert largest_difference(whole.losses, changed.losses) <= 1e-5
+
+
+@pytest.mark.multiprocess
+def test_a_checkpoint_taken_at_an_evaluation_carries_the_state_of_every_parameter(ground: Ground) -> None:
+    settings = {
+        "training": {**SETTINGS["training"], "maxSteps": 8, "precision": "BF16", "evaluateEverySteps": 4},
+        "dataset": {"validation": {"fraction": 0.2}},
+    }
+    jobs = [
+        Job(f"{sharding} {method}{cut or ''}", METHODS[method], fsdp(sharding), settings, cut=cut)
+        for sharding in ("Full", "Hybrid", "GradientAndOptimizer")
+        for method in ("LoRA", "Full")
+        for cut in (None, 4)
+    ]
+    done = ground.run(jobs, 2)
+    for whole, cut in zip(jobs[::2], jobs[1::2], strict=True):
+        kinds: dict[str, set[str]] = {}
+        for file in (ground.folder / "out" / cut.tag.replace(" ", "-")).rglob("step-00000004/*.safetensors"):
+            with safe_open(file, framework="pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118
+                    name, _, kind = key.rpartition("/")
+                    kinds.setdefault(name, set()).add(kind)
+        assert kinds, cut.tag
+        lacking = [name for name, found in kinds.items() if found != {"weight", "exp_avg", "exp_avg_sq", "step"}]
+        assert not lacking, f"{cut.tag}: {len(lacking)} of {len(kinds)} lack state, first {lacking[0]}"
+        assert done[cut.tag].report["attempts"][-1]["resumedFromStep"] == 4
+        assert done[cut.tag].losses == done[whole.tag].losses, cut.tag
+
+
+def fsdp(sharding: str) -> dict[str, Any]:
+    return {"type": "FSDP", "fsdp": {"sharding": sharding}}
 
 
 @pytest.mark.multiprocess

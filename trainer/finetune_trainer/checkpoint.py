@@ -135,9 +135,25 @@ class Checkpointer:
             loads[owner] += full_numel(parameter)
             tensors = engine.export(name, parameter, keep=owner == self.context.rank)
             part.update({f"{name}/{key}": tensor.contiguous() for key, tensor in tensors.items()})
+        self._check_state(part)
         file = f"state-{self.context.rank:05d}-of-{self.context.world_size:05d}.safetensors"
         save_file(part, self.staging / file)
         return {file: self.staging / file}
+
+    def _check_state(self, part: State) -> None:
+        """Every parameter has optimizer state or (before a first update) none has: nothing is lost in silence.
+
+        Which kinds of state a parameter has may depend on its shape (Adafactor, 8-bit AdamW).
+        """
+        kinds: dict[str, set[str]] = {}
+        for key in part:
+            name, _, kind = key.rpartition("/")
+            kinds.setdefault(name, set()).add(kind)
+        bare = sorted(name for name, found in kinds.items() if found == {"weight"})
+        counts = self.context.gather((len(bare), len(kinds), bare[:1]))
+        without, every = sum(count for count, _, _ in counts), sum(count for _, count, _ in counts)
+        first = next((names[0] for _, _, names in counts if names), "")
+        assert without in (0, every), f"{without} of {every} parameters have no optimizer state, first {first}"
 
 
 class CheckpointReader:

@@ -148,6 +148,7 @@ class TorchEngine(Engine):
         self.wrap()
         self.scaler = LossScaler(self.plan.precision is Precision.FP16)
         self.optimizer = make_optimizer(self.parameter_groups(rules))
+        self._updated = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
 
     @abstractmethod
     def wrap(self) -> None:
@@ -200,7 +201,9 @@ class TorchEngine(Engine):
     def missing_gradients(self) -> list[str]:
         return [name for name, parameter in self.trainable() if parameter.grad is None]
 
-    def export(self, name: str, parameter: nn.Parameter, keep: bool) -> State:  # noqa: ARG002
+    def export(self, name: str, parameter: nn.Parameter, keep: bool) -> State:
+        # a gathered copy in its place would be exported without optimizer state, in the compute type
+        assert id(parameter) in self._updated, f"{name} is not the parameter that the optimizer updates"
         values: State = {"weight": parameter.detach(), **_tensor_state(self.optimizer.state.get(parameter, {}))}
         full = {key: self.full_tensor(value) for key, value in values.items()}
         return {key: value.cpu().clone() for key, value in full.items()} if keep else {}

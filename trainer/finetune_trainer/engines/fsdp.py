@@ -68,9 +68,11 @@ class FsdpEngine(TorchEngine):
         try:
             return super().evaluate(batch, last_token)
         finally:
-            # without a backward pass the root would stay gathered, in the compute type: no longer what is stored
-            assert isinstance(self.module, FSDPModule)
-            self.module.reshard()
+            # without a backward pass the root, and layers that stay gathered until it, would remain in the compute
+            # type: no longer what is stored. reshard() does not descend.
+            for unit in self.module.modules():
+                if isinstance(unit, FSDPModule):
+                    unit.reshard()
 
     def clip(self, parameters: list[nn.Parameter], maximum_norm: float) -> float:
         norm = torch.nn.utils.clip_grad_norm_(parameters, maximum_norm)
