@@ -15,7 +15,7 @@ from tests.builders import conversation, conversations, write_jsonl
 from tests.training.jobs import ENGINES, METHODS, Ground, Job, largest_difference, run_together
 
 from finetune_api.digest import training_digest
-from finetune_api.spec import LoraOptions, MethodType
+from finetune_api.spec import LoraOptions, MethodType, Precision
 from finetune_trainer.data import SampleStream
 from finetune_trainer.worker_config import WorkerConfig
 
@@ -93,6 +93,22 @@ def test_a_loss_that_is_not_finite_names_its_step_and_its_sample_and_publishes_n
         assert ground.failure(job) == (
             "NumericalError",
             f"step {step + 1}: the loss is nan; samples: train.jsonl:{RARE_LINE}.",
+        )
+        assert ground.published(job) == []
+
+
+def test_fp16_gradients_that_are_finite_at_no_loss_scale_end_the_job(tmp_path: Path) -> None:
+    ground = Ground(tmp_path, rows=24, rms_norm_eps=1e-30)
+    edit_weights(ground, lambda tensors: tensors["model.embed_tokens.weight"].zero_())  # norms multiply by 1e15
+    training = {**SHORT, "maxSteps": 25, "precision": "BF16"}
+    fp16 = planned(precision=Precision.FP16)  # specs have it on CUDA only, and DeepSpeed too
+    engines = ("DDP", "FSDP")
+    jobs = [Job(e, METHODS["Full"], ENGINES[e], {"training": training}, change=fp16, fails=True) for e in engines]
+    ground.run(jobs, 2)
+    for job in jobs:
+        assert ground.failure(job) == (  # after 16 halvings of 2^16
+            "NumericalError",
+            "step 17: the gradient norm is nan; samples: not one sample alone.",
         )
         assert ground.published(job) == []
 

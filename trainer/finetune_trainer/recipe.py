@@ -165,8 +165,9 @@ class Run:
         local = torch.stack(losses).double().tolist()
         total, squares, self.stop_votes = self.context.all_reduce_sum([sum(local), squares, float(self.stop.requested)])
         self._guard_finite(total, local, micro_batches, "loss")
+        may_skip = self.engine.may_skip()
         norm = self.engine.step(training.max_gradient_norm)
-        if not math.isfinite(norm) and not self.engine.scaler_state():
+        if not may_skip:
             self._guard_finite(norm, local, micro_batches, "gradient norm")
         seconds = time.monotonic() - started
         self._record(total / supervised, learning_rate, norm, (tokens, supervised, seconds, squares))

@@ -67,6 +67,10 @@ class Engine(ABC):
         """Clip to ``maximum_norm``, update, clear gradients. Returns the global norm before clipping; a non-finite
         norm is returned without updating when the precision scales losses (FP16), else after the caller's check."""
 
+    def may_skip(self) -> bool:
+        """Whether a non-finite norm now only means that the loss scale has to shrink (FP16, unless it is smallest)."""
+        return False
+
     @abstractmethod
     def evaluate(self, batch: Any, last_token: bool = False) -> Any:
         """Forward only, without gradients and without dropout."""
@@ -121,17 +125,22 @@ class LossScaler:
     """Dynamic loss scale for FP16 (Micikevicius et al. 2018, arXiv:1710.03740)."""
 
     growth_interval = 2000
+    smallest = 1.0
 
     def __init__(self, enabled: bool) -> None:
         self.scale = 2.0**16 if enabled else 1.0
         self.enabled = enabled
         self.good_steps = 0
 
+    @property
+    def may_shrink(self) -> bool:
+        return self.enabled and self.scale > self.smallest
+
     def update(self, finite: bool) -> None:
         if not self.enabled:
             return
         if not finite:
-            self.scale, self.good_steps = max(self.scale / 2.0, 1.0), 0
+            self.scale, self.good_steps = max(self.scale / 2.0, self.smallest), 0
             return
         self.good_steps += 1
         if self.good_steps % self.growth_interval == 0:
@@ -181,6 +190,9 @@ class TorchEngine(Engine):
         self.scaler.update(finite)
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def may_skip(self) -> bool:
+        return self.scaler.may_shrink
 
     def clip(self, parameters: list[nn.Parameter], maximum_norm: float) -> float:
         """Clip in place; the global L2 norm before clipping."""
@@ -251,7 +263,7 @@ class TorchEngine(Engine):
 
     def load_scaler_state(self, state: dict[str, float]) -> None:
         if state:
-            self.scaler.scale, self.scaler.good_steps = state["scale"], int(state["goodSteps"])
+            self.scaler.scale, self.scaler.good_steps = state["scale"], int(state.get("goodSteps", 0))
 
 
 def _tensor_state(state: dict[str, Any]) -> State:

@@ -91,6 +91,17 @@ class DeepSpeedEngine(Engine):
             model=module, optimizer=optimizer, config=self.configuration, dist_init_required=False
         )
         self.zero = self.engine.optimizer
+        self.forgive_smallest_scale()
+
+    def forgive_smallest_scale(self) -> None:
+        """DeepSpeed ends a run with a bare Exception there; the loop does it in our words."""
+        if scaler := self._scaler:
+            scaler.raise_error_at_min_scale = False
+
+    @property
+    def _scaler(self) -> Any:
+        """DeepSpeed's dynamic loss scaler; None where the precision needs none."""
+        return self.zero.loss_scaler if self.plan.precision is Precision.FP16 else None
 
     def forward_backward(self, batch: Any, scale: float, boundary: bool) -> LossOutput:
         self.engine.set_gradient_accumulation_boundary(boundary)
@@ -105,6 +116,9 @@ class DeepSpeedEngine(Engine):
         self.engine.step()
         self._seen_gradients.clear()
         return float(self.engine.get_global_grad_norm() or 0.0)
+
+    def may_skip(self) -> bool:
+        return bool(self._scaler and self._scaler.cur_scale > self._scaler.min_scale)
 
     def evaluate(self, batch: Any, last_token: bool = False) -> Any:
         self.engine.eval()
@@ -154,12 +168,24 @@ class DeepSpeedEngine(Engine):
                     )
 
     def scaler_state(self) -> dict[str, float]:
-        scaler = getattr(self.zero, "loss_scaler", None)
-        return {"scale": float(scaler.cur_scale)} if self.plan.precision is Precision.FP16 and scaler else {}
+        if (scaler := self._scaler) is None:
+            return {}
+        return {
+            "scale": float(scaler.cur_scale),
+            "goodSteps": scaler.cur_iter - scaler.last_overflow_iter - 1,  # what the other engines count
+            "iteration": scaler.cur_iter,
+            "lastOverflow": scaler.last_overflow_iter,
+            "hysteresis": scaler.cur_hysteresis,
+        }
 
     def load_scaler_state(self, state: dict[str, float]) -> None:
-        if state:
-            self.zero.loss_scaler.cur_scale = state["scale"]
+        if not state:
+            return
+        scaler, good_steps = self._scaler, int(state.get("goodSteps", 0))
+        scaler.cur_scale = state["scale"]
+        scaler.cur_iter = int(state.get("iteration", good_steps))
+        scaler.last_overflow_iter = int(state.get("lastOverflow", -1))
+        scaler.cur_hysteresis = int(state.get("hysteresis", scaler.delayed_shift))
 
     def _flat_partitions(self) -> list[torch.Tensor]:
         """The fp32 tensors that the inner optimizer updates on this rank."""
