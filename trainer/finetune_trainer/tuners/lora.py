@@ -67,7 +67,7 @@ class LoraTuner(Tuner):
 
     @torch.no_grad()
     def initialize(self, layer: nn.Module, name: str) -> None:
-        """B = 0, A uniform as in the reference implementation; DoRA magnitudes are the base weight's row norms."""
+        """B = 0, A uniform as in the reference implementation; DoRA magnitudes are the base weight's norms."""
         if not hasattr(layer, "lora_A"):
             return
         device = _device_of(layer.get_base_layer())
@@ -88,7 +88,9 @@ class LoraTuner(Tuner):
         for magnitude in getattr(layer, "lora_magnitude_vector", {}).values():
             base = layer.get_base_layer()
             weight = base.dequantize() if hasattr(base, "dequantize") and hasattr(base, "W_q") else base.weight
-            magnitude.weight = nn.Parameter(torch.linalg.norm(weight.float(), dim=1))
+            # PEFT knows the layout: (out, in), (in, out) of Conv1D, (tokens, width) of an embedding
+            norm = magnitude.get_weight_norm(weight.float(), torch.zeros((), device=weight.device), scaling=0.0)
+            magnitude.weight = nn.Parameter(norm)
 
     def _configuration(self) -> Any:
         from peft import LoraConfig, TaskType
