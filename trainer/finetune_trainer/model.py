@@ -102,6 +102,7 @@ class CausalLMForTraining(nn.Module):
         self.model = model
         self.options = options
         self.neftune_alpha = neftune_alpha
+        self._boundaries: torch.Tensor | None = None  # (S + 1,), of the batch that is in the decoder
         if neftune_alpha > 0.0:
             model.get_input_embeddings().register_forward_hook(self._add_noise)
         install_head_loss(_innermost(model.get_output_embeddings()), options)
@@ -121,17 +122,25 @@ class CausalLMForTraining(nn.Module):
     def hidden_states(self, batch: Batch) -> torch.Tensor:
         """(T, D) after the last norm."""
         decoder = getattr(self.model, self.model.base_model_prefix)
-        output = decoder(
-            **row_arguments(batch),
-        )
+        self._boundaries = batch.cumulative_lengths
+        try:
+            output = decoder(**row_arguments(batch))
+        finally:
+            self._boundaries = None
         return output.last_hidden_state[0]
 
     def _add_noise(self, module: nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        """NEFTune (arXiv:2310.05914): uniform noise scaled by alpha / sqrt(length * dimension) while training."""
+        """NEFTune (arXiv:2310.05914): uniform noise while training, at most alpha / sqrt(length * dimension).
+
+        The length is that of the token's own sample: the noise does not depend on what shares its micro-batch.
+        """
         if not (self.training and torch.is_grad_enabled() and module.training):
             return output
-        bound = self.neftune_alpha / (output.shape[-2] * output.shape[-1]) ** 0.5
-        return output + torch.empty_like(output).uniform_(-bound, bound)
+        assert self._boundaries is not None, "the embeddings are used outside of the decoder's forward pass"
+        lengths = self._boundaries.diff()  # (S,)
+        lengths = lengths.repeat_interleave(lengths, output_size=output.shape[-2]).unsqueeze(1)  # (T, 1)
+        bounds = self.neftune_alpha / (lengths * output.shape[-1]).sqrt()
+        return output + torch.empty_like(output).uniform_(-1.0, 1.0) * bounds.to(output.dtype)
 
 
 def _innermost(head: nn.Module) -> nn.Module:
