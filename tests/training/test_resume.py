@@ -139,6 +139,51 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(ground: Ground) -> None:
     assert resumed.weights == whole.weights
 
 
+@pytest.mark.multiprocess
+def test_a_job_that_died_after_its_last_checkpoint_publishes_it_and_saves_nothing_again(ground: Ground) -> None:
+    settings = {**SETTINGS, "training": {**SETTINGS["training"], "maxSteps": 6}}
+    first = Job("first", METHODS["LoRA"], ENGINES["DDP"], settings, output="one")
+    whole = ground.run([first], 1)["first"]
+
+    def checkpoints() -> dict[str, tuple[bytes, int]]:
+        files = [path for path in (ground.folder / "out/one").rglob("checkpoints/step-*/*") if path.is_file()]
+        return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+    saved = checkpoints()
+    for path in ground.published(first):
+        path.unlink()  # as if it had died in between
+    again = ground.run([Job("again", METHODS["LoRA"], ENGINES["DDP"], settings, output="one")], 1)["again"]
+    assert [attempt["resumedFromStep"] for attempt in again.report["attempts"]] == [6]
+    assert checkpoints() == saved
+    assert any(path.name == "latest.json" for path in ground.published(first))
+    assert again.weights == whole.weights
+    (beat,) = read_heartbeats(ground.work(Job("again", {}, {}))).values()
+    assert beat.checkpoint_step == 6
+    assert beat.checkpoint_uri == f"file://{next((ground.folder / 'out/one').rglob('step-00000006'))}/"
+
+
+@pytest.mark.multiprocess
+def test_a_checkpoint_with_plain_names_is_continued(ground: Ground) -> None:
+    """As versions before the names told the content wrote them."""
+    job = Job("cut", METHODS["LoRA"], ENGINES["DDP"], SETTINGS, cut=6, stop_after_cut=True, output="one")
+    ground.run([job], 1)
+    (directory,) = (ground.folder / "out/one").rglob("step-00000006")
+    manifest = directory / "manifest.json"
+    text = manifest.read_text()
+    for path in [path for path in directory.iterdir() if path != manifest]:
+        plain = f"{path.stem.rpartition('-')[0]}{path.suffix}"
+        text = text.replace(path.name, plain)
+        path.rename(directory / plain)
+    manifest.write_text(text)
+    assert sorted(path.name for path in directory.iterdir()) == [
+        "manifest.json",
+        "progress.json",
+        "state-00000-of-00001.safetensors",
+    ]
+    resumed = ground.run([Job("on", METHODS["LoRA"], ENGINES["DDP"], SETTINGS, output="one")], 1)["on"]
+    assert [attempt["resumedFromStep"] for attempt in resumed.report["attempts"]] == [6]
+
+
 @contextmanager
 def started(ground: Ground, job: Job) -> Iterator[subprocess.Popen[bytes]]:
     """A real launcher with two ranks, as a pod would run it; killed (its ranks die with it) if a test gives up."""

@@ -1,7 +1,8 @@
 """What is in a checkpoint and how an engine's state gets in and out of it.
 
 One layout for every engine: full named tensors (``<parameter>/weight``, ``<parameter>/<optimizer key>``) in
-safetensors, dealt over ranks by size, and ``progress.json``. A checkpoint written at one world size loads at any other.
+safetensors, dealt over ranks by size, and ``progress-<digest>.json``. A checkpoint written at one world size loads at
+any other.
 Nothing random is carried: random numbers are functions of (seed, step, rank, micro-batch), see seeding.py.
 """
 
@@ -11,6 +12,7 @@ import json
 import shutil
 import time
 from dataclasses import dataclass, field, fields
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,7 @@ class SavedCheckpoint:
     uri: str
     seconds: float
     bytes: int
+    saved_at: float  # unix seconds
 
 
 class Checkpointer:
@@ -93,7 +96,7 @@ class Checkpointer:
         self.context.together(lambda: self._commit(store, state, entries, engine) if self.context.is_first else None)
         shutil.rmtree(self.staging, ignore_errors=True)
         size = sum(entry.bytes for entry in entries)
-        return SavedCheckpoint(state.step, store.uri(state.step), time.monotonic() - started, size)
+        return SavedCheckpoint(state.step, store.uri(state.step), time.monotonic() - started, size, time.time())
 
     def newest(self) -> Restored | None:
         """The newest whole checkpoint, on this node's disk; None where there is none. The same on every rank."""
@@ -104,6 +107,13 @@ class Checkpointer:
             return None
         self._fetch_on_other_nodes(self.store, found.manifest.step, self.restored_directory)
         return Restored(found.manifest, self.restored_directory, found.skipped)
+
+    def saved_before(self, restored: Restored) -> SavedCheckpoint:
+        """What was said when ``restored`` was saved, as far as its manifest knows."""
+        manifest = restored.manifest
+        size = sum(entry.bytes for entry in manifest.files)
+        saved_at = datetime.fromisoformat(manifest.saved_at).timestamp()
+        return SavedCheckpoint(manifest.step, self.store.uri(manifest.step), 0.0, size, saved_at)
 
     def fetch(self, store: CheckpointStore, step: int, directory: Path) -> CheckpointManifest | None:
         """One checkpoint onto rank 0's disk (for export)."""
@@ -162,7 +172,7 @@ class CheckpointReader:
     def __init__(self, directory: Path) -> None:
         from safetensors import safe_open
 
-        self.progress = TrainingState.from_json(json.loads((directory / PROGRESS_FILE).read_text()))
+        self.progress = TrainingState.from_json(json.loads(_progress_file(directory).read_text()))
         self._handles = [safe_open(path, framework="pt") for path in sorted(directory.glob("*.safetensors"))]
         self._where = {key: handle for handle in self._handles for key in handle.keys()}  # noqa: SIM118
         self._keys: dict[str, list[str]] = {}
@@ -191,6 +201,11 @@ class CheckpointReader:
                 f"The checkpoint has no parameter '{name}'; it was written by another method or model."
             )
         return self._where[key].get_tensor(key)
+
+
+def _progress_file(directory: Path) -> Path:
+    old = directory / PROGRESS_FILE  # checkpoints of before the names told the content
+    return old if old.exists() else next(directory.glob("progress-*.json"))
 
 
 def full_numel(parameter: nn.Parameter) -> int:

@@ -1,4 +1,8 @@
-"""Where checkpoints live: ``step-00000200/`` directories whose manifest is written last, on disk or in a bucket."""
+"""Where checkpoints live: ``step-00000200/`` directories whose manifest is written last, on disk or in a bucket.
+
+The name of every file tells its content (``progress-3f9a5c0b12de.json``): no file that a manifest lists is replaced
+when a step is saved again, or by two launchers at once, so that the manifest alone switches from one to the other.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from finetune_api.errors import CheckpointError, StorageError
@@ -20,6 +24,7 @@ from finetune_storage import (
     commit,
     delete_bundle,
     fetch_bundle,
+    file_digest,
     read_manifest,
     write_file,
 )
@@ -53,9 +58,12 @@ class CheckpointStore:
         return CheckpointStore(self.store.child(prefix), self.config_digest, keep)
 
     def upload(self, step: int, files: Mapping[str, Path]) -> list[FileEntry]:
-        """Upload this rank's files (path in the checkpoint to local file) and read them back. Every rank calls it."""
+        """Upload this rank's files (path in the checkpoint to local file) and read them back. Every rank calls it.
+
+        In the store, and so in the entries, a path carries the beginning of its file's sha256.
+        """
         place = self.store.child(_name(step))
-        return [write_file(place, path, file) for path, file in sorted(files.items())]
+        return [write_file(place, _with_digest(path, file), file) for path, file in sorted(files.items())]
 
     def commit(self, step: int, entries: Iterable[FileEntry], fields: Mapping[str, Any]) -> CheckpointManifest:
         """Rank 0, after every rank's ``upload``: write the manifest, which makes the checkpoint exist.
@@ -143,6 +151,11 @@ class CheckpointStore:
             )
         if manifest.step != step:
             raise DamagedBundle(self.uri(step), [f"Its manifest names step {manifest.step}."])
+
+
+def _with_digest(path: str, file: Path) -> str:
+    plain = PurePosixPath(path)
+    return str(plain.with_name(f"{plain.stem}-{file_digest(file)[0][:12]}{plain.suffix}"))
 
 
 def _name(step: int) -> str:

@@ -110,6 +110,7 @@ class Run:
             self.engine.restore(reader.state)
             self.engine.load_scaler_state(restored.manifest.state)
             self.state = reader.progress
+            self.saved = self.checkpointer.saved_before(restored)
             place = self.checkpointer.store.uri(self.state.step)
             self._say(f"resuming from step {self.state.step} of {self.total_steps} ({place})")
             for sentence in restored.skipped:
@@ -274,6 +275,8 @@ class Run:
             self.state.samples = answers_after(self.engine, self.data, self.context, self.config, self.state.samples)
         if self.saved is None or self.saved.step != self.state.step:
             self._save()
+        else:
+            self._tell_of(self.saved)  # an attempt that resumed from it has not said so yet
 
     def publish(self) -> JobResult | None:
         """Export from the (best) checkpoint, verified in object storage, with report and model card."""
@@ -322,13 +325,16 @@ class Run:
         if store is None:
             self.saved, self.last_checkpoint_at = saved, time.monotonic()
         self._say(f"checkpoint of step {saved.step}: {saved.uri} ({saved.bytes:,} bytes, {saved.seconds:.1f} s)")
+        self._tell_of(saved)
+
+    def _tell_of(self, saved: SavedCheckpoint) -> None:
         self.heartbeat.update(
             phase=Phase.TRAINING,
             checkpoint_step=saved.step,
-            checkpoint_seconds=saved.seconds,
+            checkpoint_seconds=saved.seconds or None,
             checkpoint_bytes=saved.bytes,
             checkpoint_uri=saved.uri,
-            checkpoint_saved_at=time.time(),
+            checkpoint_saved_at=saved.saved_at,
         )
 
     def _say(self, text: str) -> None:

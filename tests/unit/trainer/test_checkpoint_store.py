@@ -8,7 +8,7 @@ import pytest
 
 from finetune_api.errors import CheckpointError
 from finetune_api.report import CheckpointManifest
-from finetune_storage import DamagedBundle, ObjectNotFound, ObjectStore
+from finetune_storage import DamagedBundle, ObjectNotFound, ObjectStore, write_file
 from finetune_trainer.checkpoint_store import CheckpointStore
 
 FIELDS = {"epoch": 1.0, "samples_seen": 8, "tokens_seen": 100, "world_size": 2, "strategy": "DDP"}
@@ -33,6 +33,11 @@ def _save(checkpoints: CheckpointStore, step: int, tmp_path: Path, commit: bool 
     return checkpoints.commit(step, entries, FIELDS) if commit else None
 
 
+def _weights(step: int, rank: int) -> str:
+    """What the file of a rank is called: its name and the beginning of its digest."""
+    return f"weights-{rank}-{hashlib.sha256(f'step {step} rank {rank}'.encode()).hexdigest()[:12]}.safetensors"
+
+
 def test_the_newest_checkpoint_comes_back_whole(checkpoints: CheckpointStore, tmp_path: Path) -> None:
     _save(checkpoints, 100, tmp_path)
     manifest = _save(checkpoints, 200, tmp_path)
@@ -40,7 +45,7 @@ def test_the_newest_checkpoint_comes_back_whole(checkpoints: CheckpointStore, tm
     restored = checkpoints.newest(tmp_path / "restored")
     assert restored is not None
     assert (restored.manifest, restored.skipped) == (manifest, ())
-    assert (restored.directory / "weights-1.safetensors").read_bytes() == b"step 200 rank 1"
+    assert (restored.directory / _weights(200, 1)).read_bytes() == b"step 200 rank 1"
 
 
 def test_no_checkpoint_is_none(checkpoints: CheckpointStore, tmp_path: Path) -> None:
@@ -57,13 +62,13 @@ def test_a_damaged_checkpoint_is_skipped_with_its_reason(
 ) -> None:
     _save(checkpoints, 100, tmp_path)
     _save(checkpoints, 200, tmp_path)
-    place, name = checkpoints.store.child("step-00000200"), "weights-0.safetensors"
+    place, name = checkpoints.store.child("step-00000200"), _weights(200, 0)
     flipped = b"Step 200 rank 0"
     digests = [hashlib.sha256(text).hexdigest()[:12] for text in (flipped, b"step 200 rank 0")]
     reason = {
-        "truncated": "'weights-0.safetensors' has 4 bytes instead of 15.",
-        "flipped": f"'weights-0.safetensors' has sha256 {digests[0]}… instead of {digests[1]}….",
-        "missing": "'weights-0.safetensors' is missing.",
+        "truncated": f"'{name}' has 4 bytes instead of 15.",
+        "flipped": f"'{name}' has sha256 {digests[0]}… instead of {digests[1]}….",
+        "missing": f"'{name}' is missing.",
         "manifest": "manifest.json is not readable (1 faults).",
         "unfinished": "it was never finished (no manifest.json).",
     }[fault]
@@ -79,17 +84,17 @@ def test_a_damaged_checkpoint_is_skipped_with_its_reason(
     assert restored is not None
     assert restored.manifest.step == 100
     assert restored.skipped == (f"Skipped {checkpoints.store.uri}step-00000200/: {reason}",)
-    assert (restored.directory / "weights-0.safetensors").read_bytes() == b"step 100 rank 0"
+    assert (restored.directory / _weights(100, 0)).read_bytes() == b"step 100 rank 0"
 
 
 def test_only_damaged_checkpoints_are_an_error(checkpoints: CheckpointStore, tmp_path: Path) -> None:
     _save(checkpoints, 100, tmp_path)
-    checkpoints.store.delete("step-00000100/weights-1.safetensors")
+    checkpoints.store.delete(f"step-00000100/{_weights(100, 1)}")
     with pytest.raises(CheckpointError) as caught:
         checkpoints.newest(tmp_path / "restored")
     uri = checkpoints.store.uri
     assert str(caught.value) == (
-        f"No checkpoint under {uri} can be used. Skipped {uri}step-00000100/: 'weights-1.safetensors' is missing. "
+        f"No checkpoint under {uri} can be used. Skipped {uri}step-00000100/: '{_weights(100, 1)}' is missing. "
         "Delete them to start from the beginning, or restore one."
     )
 
@@ -134,7 +139,7 @@ def test_damaged_checkpoints_that_a_resume_passed_over_do_not_push_out_whole_one
     for step in (100, 200, 300):
         _save(checkpoints, step, tmp_path)
     for step in (200, 300):
-        checkpoints.store.put(f"step-00000{step}/weights-0.safetensors", b"damaged")
+        checkpoints.store.put(f"step-00000{step}/{_weights(step, 0)}", b"damaged")
     restored = checkpoints.newest(tmp_path / "restored")
     assert restored is not None
     assert restored.manifest.step == 100
@@ -154,6 +159,54 @@ def test_a_checkpoint_that_was_half_deleted_does_not_exist(checkpoints: Checkpoi
 
 def test_saving_a_step_again_mends_it(checkpoints: CheckpointStore, tmp_path: Path) -> None:
     _save(checkpoints, 100, tmp_path)
-    checkpoints.store.put("step-00000100/weights-0.safetensors", b"damaged")
+    checkpoints.store.put(f"step-00000100/{_weights(100, 0)}", b"damaged")
     _save(checkpoints, 100, tmp_path)
     assert checkpoints.fetch(100, tmp_path / "restored").step == 100
+
+
+class Evicted(BaseException):
+    """The pod is gone, right after a write."""
+
+
+def test_saving_a_committed_step_again_leaves_a_whole_checkpoint_after_every_write(
+    checkpoints: CheckpointStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(seconds: int) -> None:
+        progress, weights = tmp_path / "progress", tmp_path / "weights"
+        progress.write_text(f'{{"seconds": {seconds}}}')  # never the same twice
+        weights.write_bytes(b"weights" * (1 + seconds % 2))  # other numbers, as another world size leads to
+        files = {"progress.json": progress, "state-00000-of-00001.safetensors": weights}
+        checkpoints.commit(100, checkpoints.upload(100, files), FIELDS)
+
+    writes = 0
+    real = ObjectStore.put
+
+    def put(self: ObjectStore, path: str, content: bytes | Path) -> None:
+        nonlocal writes
+        real(self, path, content)
+        writes += 1
+        if writes == last:
+            raise Evicted
+
+    monkeypatch.setattr(ObjectStore, "put", put)
+    last, seconds = 0, 0
+    save(seconds)
+    for last in (1, 2, 3):
+        writes, seconds = 0, seconds + 1
+        with pytest.raises(Evicted):
+            save(seconds)
+        restored = checkpoints.newest(tmp_path / "restored")
+        assert restored is not None
+        assert (restored.manifest.step, restored.skipped) == (100, ())
+        (progress,) = restored.directory.glob("progress-*.json")
+        assert progress.read_text() == f'{{"seconds": {seconds if last == 3 else 0}}}'
+
+
+def test_a_checkpoint_of_before_the_names_told_the_content_is_fetched(
+    checkpoints: CheckpointStore, tmp_path: Path
+) -> None:
+    place = checkpoints.store.child("step-00000100")
+    checkpoints.commit(100, [write_file(place, "progress.json", b"{}")], FIELDS)
+    restored = checkpoints.newest(tmp_path / "restored")
+    assert restored is not None
+    assert (restored.directory / "progress.json").read_bytes() == b"{}"
