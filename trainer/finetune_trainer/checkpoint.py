@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
@@ -80,6 +81,7 @@ class Checkpointer:
         self.store, self.context = store, context
         self.staging = work_directory / "checkpoint-staging" / str(context.rank)
         self.restored_directory = work_directory / "restored"
+        self.damaged: Mapping[int, str] = {}  # see Restored; rank 0's prunes
 
     def save(self, engine: Engine, state: TrainingState, store: CheckpointStore | None = None) -> SavedCheckpoint:
         """Write every rank's part, then the manifest, then prune."""
@@ -105,8 +107,9 @@ class Checkpointer:
         )[0]
         if found is None:
             return None
+        self.damaged = found.damaged
         self._fetch_on_other_nodes(self.store, found.manifest.step, self.restored_directory)
-        return Restored(found.manifest, self.restored_directory, found.skipped)
+        return Restored(found.manifest, self.restored_directory, found.skipped, found.damaged)
 
     def saved_before(self, restored: Restored) -> SavedCheckpoint:
         """What was said when ``restored`` was saved, as far as its manifest knows."""
@@ -133,7 +136,7 @@ class Checkpointer:
             "state": engine.scaler_state(),
         }
         store.commit(state.step, entries, fields)
-        store.prune(state.step)
+        store.prune(state.step, self.damaged if store is self.store else None)
 
     def _write_part(self, engine: Engine) -> dict[str, Path]:
         from safetensors.torch import save_file

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 from finetune_api.errors import CheckpointError, StorageError
 from finetune_api.report import CheckpointManifest, FileEntry
 from finetune_storage import (
+    MANIFEST,
     DamagedBundle,
     ObjectNotFound,
     ObjectStore,
@@ -34,11 +35,15 @@ _NAME = re.compile(r"step-(\d{8,})")
 
 @dataclass(frozen=True)
 class Restored:
-    """A verified checkpoint on local disk, and a sentence for every newer one that was skipped."""
+    """A verified checkpoint on local disk, and a sentence for every newer one that was skipped.
+
+    ``damaged``: the committed ones among these, step to the sha256 that its manifest had.
+    """
 
     manifest: CheckpointManifest
     directory: Path
     skipped: tuple[str, ...]
+    damaged: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -106,13 +111,16 @@ class CheckpointStore:
             CheckpointError: checkpoints are there but every one is damaged, or the newest belongs to another job.
         """
         skipped: list[str] = []
+        damaged: dict[int, str] = {}
         steps = self._steps()
         for step in sorted(steps, reverse=True):
+            seen = self._manifest_sha256(step)
             try:
                 if steps[step]:
-                    return Restored(self.fetch(step, destination), destination, tuple(skipped))
+                    return Restored(self.fetch(step, destination), destination, tuple(skipped), damaged)
                 skipped.append(f"Skipped {self.uri(step)}: it was never finished (no manifest.json).")
             except DamagedBundle as error:
+                damaged |= {step: seen} if seen else {}
                 skipped.append(f"Skipped {self.uri(step)}: {' '.join(error.problems)}")
             except ObjectNotFound:
                 skipped.append(f"Skipped {self.uri(step)}: its manifest.json vanished while it was read.")
@@ -124,19 +132,26 @@ class CheckpointStore:
         shutil.rmtree(destination, ignore_errors=True)
         return None
 
-    def prune(self, newest: int) -> list[int]:
-        """After the commit of step ``newest``: keep it and the ``keep - 1`` before it, remove everything else.
+    def prune(self, newest: int, damaged: Mapping[int, str] | None = None) -> list[int]:
+        """After the commit of step ``newest``: keep it and the ``keep - 1`` before it, remove what is older.
 
-        That is older ones, what was left unfinished before it, and later ones, which a resume passed over as damaged:
-        they would take the places of whole ones. Returns the steps that were removed.
+        Of later ones only the ``damaged``, which the resume passed over (see Restored), if nobody wrote them anew: a
+        replacement of this launcher may have saved the others. Returns the steps that were removed.
         """
         steps = self._steps()
         committed = sorted((step for step in steps if steps[step] and step <= newest), reverse=True)
         kept = committed[: self.keep]
-        doomed = [step for step in sorted(steps) if step not in kept and (steps[step] or step < newest)]
+        passed_over = {step for step, seen in (damaged or {}).items() if seen == self._manifest_sha256(step)}
+        doomed = [step for step in sorted(steps) if step not in kept and (step < newest or step in passed_over)]
         for step in doomed:
             delete_bundle(self.store, _name(step))
         return doomed
+
+    def _manifest_sha256(self, step: int) -> str | None:
+        try:
+            return self.store.child(_name(step)).digest(MANIFEST)[0]
+        except ObjectNotFound:
+            return None
 
     def _steps(self) -> dict[int, bool]:
         names = bundle_names(self.store)

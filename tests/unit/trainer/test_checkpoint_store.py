@@ -144,8 +144,35 @@ def test_damaged_checkpoints_that_a_resume_passed_over_do_not_push_out_whole_one
     assert restored is not None
     assert restored.manifest.step == 100
     _save(checkpoints, 150, tmp_path)
-    assert checkpoints.prune(150) == [200, 300]
+    assert checkpoints.prune(150, restored.damaged) == [200, 300]
     assert checkpoints.candidates() == [150, 100]
+
+
+def test_an_older_launcher_leaves_the_checkpoints_of_its_replacement_alone(
+    checkpoints: CheckpointStore, tmp_path: Path
+) -> None:
+    for step in (100, 200, 300, 400):
+        _save(checkpoints, step, tmp_path)
+        checkpoints.prune(step)
+    _save(checkpoints, 250, tmp_path)  # by one that was cut off from the cluster and not from the store
+    assert checkpoints.prune(250) == []
+    assert checkpoints.candidates() == [400, 300, 250]
+
+
+def test_a_damaged_checkpoint_that_somebody_wrote_anew_is_not_pruned(
+    checkpoints: CheckpointStore, tmp_path: Path
+) -> None:
+    for step in (200, 300, 400):
+        _save(checkpoints, step, tmp_path)
+    for step in (300, 400):
+        checkpoints.store.put(f"step-00000{step}/{_weights(step, 0)}", b"damaged")
+    restored = checkpoints.newest(tmp_path / "restored")
+    assert restored is not None
+    entries = [write_file(checkpoints.store.child("step-00000300"), "weights.safetensors", b"anew")]
+    checkpoints.commit(300, entries, FIELDS)
+    _save(checkpoints, 250, tmp_path)
+    assert checkpoints.prune(250, restored.damaged) == [400]
+    assert checkpoints.fetch(300, tmp_path / "copy").step == 300
 
 
 def test_a_checkpoint_that_was_half_deleted_does_not_exist(checkpoints: CheckpointStore, tmp_path: Path) -> None:
