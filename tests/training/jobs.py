@@ -49,6 +49,7 @@ class Job:
     stop_after_cut: bool = False
     output: str | None = None  # jobs that share one resume from each other's checkpoints
     change: Callable[[WorkerConfig], WorkerConfig] | None = None  # what the ranks are told instead
+    losses: dict[int, float] | None = None  # what evaluation says at which step, instead of the truth
     fails: bool = False  # must end in a FineTuneError, the same on every rank: Ground.failure
 
 
@@ -231,7 +232,8 @@ def validation_loss(model: Any, rows: TokenDataset) -> float:
 
 
 def _driving(job: Job) -> dict[str, Any]:
-    return {"tag": job.tag, "cut": job.cut, "stop_after_cut": job.stop_after_cut, "fails": job.fails}
+    told = ("tag", "cut", "stop_after_cut", "losses", "fails")
+    return {name: getattr(job, name) for name in told}
 
 
 def _word(text: str) -> str:

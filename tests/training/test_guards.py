@@ -154,6 +154,32 @@ def test_early_stopping_publishes_the_best_checkpoint_and_not_the_last(ground: G
         assert not any(torch.equal(adapter[name], of_last[name]) for name in adapter)
 
 
+def test_the_best_that_a_checkpoint_names_is_there_after_a_resume_from_it(ground: Ground) -> None:
+    """Better ones came after the checkpoint, and do not come again."""
+    training = {**SHORT, "maxSteps": 12, "evaluateEverySteps": 2, "earlyStopping": {"patience": 9}}
+    settings = {
+        "training": training,
+        "dataset": {"validation": {"fraction": 0.3}},
+        "checkpoint": {"everySteps": 5, "onTermination": False},
+    }
+
+    def job(tag: str, losses: dict[int, float], **more: Any) -> Job:
+        return Job(tag, METHODS["LoRA"], ENGINES["DDP"], settings, losses=losses, output="one", **more)
+
+    ground.run([job("begun", {0: 9, 2: 6, 4: 5, 6: 4, 8: 3}, cut=9, stop_after_cut=True)], 1)
+    (bests,) = (ground.folder / "out/one").rglob("checkpoints/best")
+    assert {path.name for path in bests.iterdir()} == {"step-00000004", "step-00000008"}
+    done = ground.run([job("resumed", {6: 7, 8: 7, 10: 7, 12: 7})], 1)["resumed"]
+    assert [attempt["resumedFromStep"] for attempt in done.report["attempts"]] == [5]
+    assert (done.report["bestStep"], done.report["metrics"]["validationLoss"]) == (4, 5)
+    adapter, of_best = (
+        load_file(done.artifact / "adapter_model.safetensors"),
+        checkpoint_weights(bests / "step-00000004"),
+    )
+    assert adapter.keys() == of_best.keys()
+    assert all(torch.equal(adapter[name], of_best[name]) for name in adapter)
+
+
 def checkpoint_weights(directory: Path) -> dict[str, torch.Tensor]:
     """The trained tensors of a checkpoint under the names of a PEFT adapter."""
     found = {}

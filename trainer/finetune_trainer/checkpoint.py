@@ -22,6 +22,7 @@ from torch import nn
 
 from finetune_api.errors import CheckpointError
 from finetune_api.report import CheckpointManifest, EvaluationRecord, FileEntry, SampleRecord, StepRecord
+from finetune_storage import DamagedBundle, ObjectNotFound
 from finetune_trainer.checkpoint_store import CheckpointStore, Restored
 from finetune_trainer.distributed import RankContext
 from finetune_trainer.engines.base import Engine, State
@@ -79,12 +80,13 @@ class Checkpointer:
 
     def __init__(self, store: CheckpointStore, context: RankContext, work_directory: Path) -> None:
         self.store, self.context = store, context
+        self.best = store.child("best/")
         self.staging = work_directory / "checkpoint-staging" / str(context.rank)
         self.restored_directory = work_directory / "restored"
         self.damaged: Mapping[int, str] = {}  # see Restored; rank 0's prunes
 
     def save(self, engine: Engine, state: TrainingState, store: CheckpointStore | None = None) -> SavedCheckpoint:
-        """Write every rank's part, then the manifest, then prune."""
+        """Write every rank's part, then the manifest, then prune. ``store``: ``best`` for a best one."""
         store, started = store or self.store, time.monotonic()
         shutil.rmtree(self.staging, ignore_errors=True)
         self.staging.mkdir(parents=True)
@@ -136,7 +138,22 @@ class Checkpointer:
             "state": engine.scaler_state(),
         }
         store.commit(state.step, entries, fields)
-        store.prune(state.step, self.damaged if store is self.store else None)
+        if store is self.store:
+            store.prune(state.step, self.damaged)
+        if state.best_step is not None:
+            self._prune_best(state.best_step)
+
+    def _prune_best(self, best_step: int) -> None:
+        """Keep what any regular checkpoint names, for a resume leads back to it, and later ones (another attempt's)."""
+        older = [step for step in self.best.steps() if step < best_step]
+        if not older:
+            return
+        try:
+            told = [json.loads(self.store.read(step, "progress")) for step in self.store.candidates()]
+        except (ObjectNotFound, DamagedBundle, ValueError):
+            return  # what that one names must stay; the next commit asks again
+        named = {progress.get("best_step") for progress in told}
+        self.best.remove(step for step in older if step not in named)
 
     def _write_part(self, engine: Engine) -> dict[str, Path]:
         from safetensors.torch import save_file

@@ -26,6 +26,7 @@ from finetune_storage import (
     delete_bundle,
     fetch_bundle,
     file_digest,
+    files_of,
     read_manifest,
     write_file,
 )
@@ -90,7 +91,7 @@ class CheckpointStore:
 
     def candidates(self) -> list[int]:
         """Steps with a committed manifest, newest first."""
-        return sorted((step for step, committed in self._steps().items() if committed), reverse=True)
+        return sorted((step for step, committed in self.steps().items() if committed), reverse=True)
 
     def fetch(self, step: int, destination: Path) -> CheckpointManifest:
         """Download and verify one checkpoint.
@@ -104,6 +105,19 @@ class CheckpointStore:
         self._check_owner(step, manifest)
         return fetch_bundle(self.store, _name(step), CheckpointManifest, destination)
 
+    def read(self, step: int, kind: str) -> bytes:
+        """One small file of a checkpoint, whose name begins with ``kind``, unverified.
+
+        Raises:
+            ObjectNotFound: the checkpoint or the file is gone.
+            DamagedBundle: its manifest is unreadable or lists no such file.
+        """
+        manifest, _ = read_manifest(self.store, _name(step), CheckpointManifest)
+        for entry in files_of(manifest):
+            if entry.path.startswith(kind):
+                return self.store.child(_name(step)).get(entry.path)
+        raise DamagedBundle(self.uri(step), [f"Its manifest lists no {kind} file."])
+
     def newest(self, destination: Path) -> Restored | None:
         """Fetch the newest whole checkpoint into ``destination`` (replaced); ``None`` where there is none at all.
 
@@ -112,7 +126,7 @@ class CheckpointStore:
         """
         skipped: list[str] = []
         damaged: dict[int, str] = {}
-        steps = self._steps()
+        steps = self.steps()
         for step in sorted(steps, reverse=True):
             seen = self._manifest_sha256(step)
             try:
@@ -138,14 +152,18 @@ class CheckpointStore:
         Of later ones only the ``damaged``, which the resume passed over (see Restored), if nobody wrote them anew: a
         replacement of this launcher may have saved the others. Returns the steps that were removed.
         """
-        steps = self._steps()
+        steps = self.steps()
         committed = sorted((step for step in steps if steps[step] and step <= newest), reverse=True)
         kept = committed[: self.keep]
         passed_over = {step for step, seen in (damaged or {}).items() if seen == self._manifest_sha256(step)}
         doomed = [step for step in sorted(steps) if step not in kept and (step < newest or step in passed_over)]
-        for step in doomed:
-            delete_bundle(self.store, _name(step))
+        self.remove(doomed)
         return doomed
+
+    def remove(self, steps: Iterable[int]) -> None:
+        """Delete these checkpoints, finished or not."""
+        for step in steps:
+            delete_bundle(self.store, _name(step))
 
     def _manifest_sha256(self, step: int) -> str | None:
         try:
@@ -153,7 +171,8 @@ class CheckpointStore:
         except ObjectNotFound:
             return None
 
-    def _steps(self) -> dict[int, bool]:
+    def steps(self) -> dict[int, bool]:
+        """Every step of which something is there, and whether its manifest was committed."""
         names = bundle_names(self.store)
         return {int(match.group(1)): done for name, done in names.items() if (match := _NAME.fullmatch(name))}
 

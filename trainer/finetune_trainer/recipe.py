@@ -83,7 +83,6 @@ class Run:
             ObjectStore.open_location(output), training_digest(self.spec), self.spec.checkpoint.keep
         )
         self.checkpointer = Checkpointer(store, context, Path(self.job.work_directory))
-        self.best_store = store.child("best/", keep=2)  # a resume may step back behind the newest
         self.state = TrainingState()
         self.loaded: LoadedModel
         self.started = time.monotonic()
@@ -245,7 +244,7 @@ class Run:
             self.state.best_loss, self.state.best_step = loss, self.state.step
             self.state.evaluations_without_gain = 0
             self.state.samples = answers_after(self.engine, self.data, self.context, self.config, self.state.samples)
-            self._save(self.best_store)
+            self._save(self.checkpointer.best)
         else:
             self.state.evaluations_without_gain += 1
             self.state.stopped_early = self.state.evaluations_without_gain >= stopping.patience
@@ -282,7 +281,7 @@ class Run:
         """Export from the (best) checkpoint, verified in object storage, with report and model card."""
         self.heartbeat.update(phase=Phase.PUBLISHING)
         best = self.state.best_step
-        store = self.best_store if best is not None else self.checkpointer.store
+        store = self.checkpointer.best if best is not None else self.checkpointer.store
         directory = Path(self.job.work_directory) / "export-checkpoint"
         self.checkpointer.fetch(store, best if best is not None else self.state.step, directory)
         result, *_ = self.context.together(lambda: self._publish_from(directory) if self.context.is_first else None)
