@@ -1,4 +1,4 @@
-"""Publication: the artifact's files into an immutable directory named by their content, its manifest last.
+"""Publication: the artifact's files into an immutable directory of their own, its manifest last.
 
 A kill at any byte leaves the old artifact or the new one: files first, then ``manifest.json``, then one atomic
 write of ``latest.json``. Publishing the same thing again finds it there, verifies it and changes nothing.
@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from finetune_storage import (
     DamagedBundle,
     ObjectNotFound,
     ObjectStore,
-    bundle_names,
     commit,
     delete_bundle,
     file_digest,
@@ -31,7 +29,7 @@ from finetune_storage import (
     verify_bundle,
     write_file,
 )
-from finetune_storage.artifact import ARTIFACTS, read_pointer, write_pointer
+from finetune_storage.artifact import ARTIFACTS, ArtifactPointer, read_pointer, write_pointer
 
 _PACKAGES = (
     "finetune-operator",
@@ -44,6 +42,8 @@ _PACKAGES = (
     "tokenizers",
     "numpy",
 )
+_ATTEMPTS = 2
+_ABANDONED_AFTER = timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -100,25 +100,36 @@ def publish(
     """
     files = _collect(directory, extra or {})
     entries = tuple(FileEntry(path=path, sha256=sha, bytes=size) for path, (sha, size) in _digests(files).items())
-    trained = tuple(entry for entry in entries if entry.path not in (extra or {}))
-    name = _content_name(trained, description)
-    place = store.child(f"{ARTIFACTS}/{name}")
-    manifest, sha256 = _published_already(place, trained) or _write(place, files, entries, description)
+    wanted = _manifest(description, entries)
+    place = store.child(f"{ARTIFACTS}/{_content_name(wanted)}")
+    found = _first_whole(store, wanted, extra or {})
+    for _ in range(_ATTEMPTS):
+        if found is None:
+            _write(place, files, wanted)
+            found = _first_whole(store, wanted, extra or {})
+    if found is None:
+        raise StorageError(
+            f"{place.uri} is not what was written there, {_ATTEMPTS} times; see who else writes or deletes below "
+            f"{store.uri}."
+        )
+    name, manifest, sha256 = found
     _point(store, name, sha256)
-    _remove_unfinished(store, name)
-    return PublishedArtifact(place.uri, sha256, len(manifest.files), sum(entry.bytes for entry in manifest.files))
+    _remove_unfinished(store)
+    uri = store.child(f"{ARTIFACTS}/{name}").uri
+    return PublishedArtifact(uri, sha256, len(manifest.files), sum(entry.bytes for entry in manifest.files))
 
 
-def _write(
-    place: ObjectStore, files: Mapping[str, Path], entries: tuple[FileEntry, ...], description: ArtifactDescription
-) -> tuple[ArtifactManifest, str]:
-    """All files, then the manifest; its sha256 too."""
+def _manifest(description: ArtifactDescription, entries: tuple[FileEntry, ...]) -> ArtifactManifest:
+    now = datetime.now(UTC).isoformat(timespec="microseconds")
+    made = ArtifactManifest.model_validate({**asdict(description), "files": entries, "created_at": now})
+    return ArtifactManifest.model_validate_json(made.model_dump_json(by_alias=True))  # as it will be read
+
+
+def _write(place: ObjectStore, files: Mapping[str, Path], manifest: ArtifactManifest) -> None:
+    """All files, then the manifest."""
     for path, file in files.items():
         write_file(place, path, file)
-    manifest = ArtifactManifest.model_validate(
-        {**asdict(description), "files": entries, "created_at": datetime.now(UTC).isoformat(timespec="seconds")}
-    )
-    return manifest, commit(place, "", manifest)
+    commit(place, "", manifest)
 
 
 def _collect(directory: Path, extra: Mapping[str, Path]) -> dict[str, Path]:
@@ -135,36 +146,69 @@ def _digests(files: Mapping[str, Path]) -> dict[str, tuple[str, int]]:
     return {path: file_digest(file) for path, file in files.items()}
 
 
-def _content_name(entries: tuple[FileEntry, ...], description: ArtifactDescription) -> str:
-    """First 12 hex digits of a digest over what was trained (not the report on it) and the description."""
-    content = {"files": [entry.model_dump() for entry in entries], "description": asdict(description)}
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
+def _content_name(manifest: ArtifactManifest) -> str:
+    """First 12 hex digits of a digest over all that the manifest says.
+
+    That is the report and the time too: two launchers of one job never write into the same directory.
+    """
+    return hashlib.sha256(manifest.model_dump_json(by_alias=True).encode()).hexdigest()[:12]
 
 
-def _published_already(place: ObjectStore, trained: tuple[FileEntry, ...]) -> tuple[ArtifactManifest, str] | None:
-    """Manifest and its sha256 where the same artifact lies whole; ``None`` where it must be written (again)."""
+def _first_whole(
+    store: ObjectStore, wanted: ArtifactManifest, extra: Mapping[str, Path]
+) -> tuple[str, ArtifactManifest, str] | None:
+    """Directory, manifest and its sha256 of the whole artifact with the same content besides ``extra`` and the time.
+
+    Of several the one pointed at, or else the first that was committed: launchers that publish at once all take it.
+    """
+    below = store.child(ARTIFACTS)
+    committed = {info.path.partition("/")[0]: info.modified for info in below.list() if _is_manifest(info.path)}
+    pointer = _pointer(store)
+    pointed = pointer.directory if pointer else None
+    for name in sorted(committed, key=lambda name: (f"{ARTIFACTS}/{name}" != pointed, committed[name], name)):
+        try:
+            manifest, sha256 = read_manifest(below, name, ArtifactManifest)
+            if _same(manifest, wanted, extra):
+                verify_bundle(below, name, manifest)
+                return name, manifest, sha256
+        except (ObjectNotFound, DamagedBundle):
+            continue
+    return None
+
+
+def _same(found: ArtifactManifest, wanted: ArtifactManifest, extra: Mapping[str, Path]) -> bool:
+    trained = [[entry for entry in one.files if entry.path not in extra] for one in (found, wanted)]
+    described = found.model_copy(update={"files": wanted.files, "created_at": wanted.created_at})
+    return trained[0] == trained[1] and described == wanted
+
+
+def _is_manifest(path: str) -> bool:
+    return path.partition("/")[2] == MANIFEST
+
+
+def _pointer(store: ObjectStore) -> ArtifactPointer | None:
     try:
-        manifest, sha256 = read_manifest(place, "", ArtifactManifest)
-        if any(entry not in manifest.files for entry in trained):
-            return None
-        verify_bundle(place, "", manifest)
-    except (ObjectNotFound, DamagedBundle):
+        return read_pointer(store)
+    except DamagedBundle:
         return None
-    return manifest, sha256
 
 
 def _point(store: ObjectStore, name: str, sha256: str) -> None:
     directory = f"{ARTIFACTS}/{name}"
-    try:
-        pointer = read_pointer(store)
-    except DamagedBundle:
-        pointer = None
+    pointer = _pointer(store)
     if pointer is None or (pointer.directory, pointer.manifest_sha256) != (directory, sha256):
         write_pointer(store, directory, sha256)
 
 
-def _remove_unfinished(store: ObjectStore, name: str) -> None:
-    """Directories that a killed publication left without a manifest; the prefix belongs to this job alone."""
-    for other, committed in bundle_names(store, ARTIFACTS).items():
-        if not committed and other != name:
-            delete_bundle(store, f"{ARTIFACTS}/{other}")
+def _remove_unfinished(store: ObjectStore) -> None:
+    """What killed publications left without a manifest; another launcher may still be filling a younger one."""
+    infos = store.child(ARTIFACTS).list()
+    committed = {info.path.partition("/")[0] for info in infos if _is_manifest(info.path)}
+    newest: dict[str, datetime] = {}
+    for info in infos:
+        name, separator, _ = info.path.partition("/")
+        if separator and name not in committed:
+            newest[name] = max(info.modified, newest.get(name, info.modified))
+    for name, modified in newest.items():
+        if datetime.now(UTC) - modified > _ABANDONED_AFTER:
+            delete_bundle(store, f"{ARTIFACTS}/{name}")

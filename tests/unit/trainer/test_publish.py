@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -112,22 +113,110 @@ def test_damage_is_noticed_and_mended_by_publishing_again(
     fetch_artifact(store, tmp_path / "copy")
 
 
-def test_an_unfinished_publication_is_invisible_and_removed_by_the_next(store: ObjectStore, artifact: Path) -> None:
+def test_an_unfinished_publication_is_invisible_and_removed_when_nobody_can_be_writing_it(
+    store: ObjectStore, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store.put("artifacts/0123456789ab/adapter_model.safetensors", b"half")
-    publish(store, artifact, DESCRIPTION)
-    assert not [info.path for info in store.list() if "0123456789ab" in info.path]
+    published = publish(store, artifact, DESCRIPTION)
+    assert fetch_artifact(store, tmp_path / "copy").seed == DESCRIPTION.seed
+
+    def left() -> set[str]:
+        return {info.path.split("/")[1] for info in store.list("artifacts")}
+
+    assert left() == {published.uri.split("/")[-2], "0123456789ab"}
+    monkeypatch.setattr("finetune_trainer.publish._ABANDONED_AFTER", timedelta(seconds=-10))  # S3 rounds its times
+    assert publish(store, artifact, DESCRIPTION) == published
+    assert left() == {published.uri.split("/")[-2]}
 
 
-def test_what_a_kill_left_in_a_local_directory_is_removed(artifact: Path, tmp_path: Path) -> None:
+def test_what_a_kill_left_in_a_local_directory_is_removed(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = ObjectStore.open(f"file://{tmp_path}/out")
-    first = publish(store, artifact, DESCRIPTION)
-    directory = store.at(first.uri).local_directory
+    directory = store.at(publish(store, artifact, DESCRIPTION).uri).local_directory
     assert directory is not None
     (directory / "manifest.json").unlink()
     (directory / "adapter_model.safetensors#1").write_bytes(b"half a file that was being written")
-    assert publish(store, artifact, DESCRIPTION).uri == first.uri
-    names = {file.name for file in directory.iterdir()}
-    assert names == {"adapter_config.json", "adapter_model.safetensors", "manifest.json"}
+    monkeypatch.setattr("finetune_trainer.publish._ABANDONED_AFTER", timedelta(0))
+    second = publish(store, artifact, DESCRIPTION)
+    assert [path.name for path in directory.parent.iterdir()] == [second.uri.split("/")[-2]]
+
+
+class Killed(BaseException):
+    """The launcher is gone, right after a write."""
+
+
+@pytest.mark.parametrize("other", [DESCRIPTION, replace(DESCRIPTION, plan={"worldSize": 1})], ids=["same", "differs"])
+@pytest.mark.parametrize("ending", ["killed", "goes on"])
+def test_two_launchers_that_publish_at_once_leave_each_others_artifact_whole(
+    store: ObjectStore,
+    artifact: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    other: ArtifactDescription,
+    ending: str,
+) -> None:
+    """The older one is stopped after each of its writes, and its replacement publishes meanwhile."""
+    reports = [tmp_path / "older.json", tmp_path / "newer.json"]
+    for report in reports:
+        report.write_text(f'{{"seconds": "{report.stem}"}}')  # what it took is never the same
+    real, writes, meanwhile = ObjectStore.put, 0, 1
+    newer: list[tuple[ObjectStore, str]] = []
+
+    def put(self: ObjectStore, path: str, content: bytes | Path) -> None:
+        nonlocal writes
+        real(self, path, content)
+        writes += 1
+        if writes == meanwhile:
+            published = publish(place, artifact, other, {"report.json": reports[1]})
+            newer.append((place.at(published.uri), published.manifest_sha256))
+            if ending == "killed":
+                raise Killed
+        for where, sha256 in newer:
+            find_whole(where, sha256)
+
+    def find_whole(where: ObjectStore, sha256: str) -> None:
+        found, manifest, told = find_artifact(where)
+        verify_bundle(found, "", manifest)
+        assert told == sha256
+
+    monkeypatch.setattr(ObjectStore, "put", put)
+    for meanwhile in range(1, 6):  # three files, the manifest, the pointer
+        writes, place = 0, store.child(f"after-{meanwhile}")
+        newer.clear()
+        if ending == "killed":
+            with pytest.raises(Killed):
+                publish(place, artifact, DESCRIPTION, {"report.json": reports[0]})
+        else:
+            older = publish(place, artifact, DESCRIPTION, {"report.json": reports[0]})
+            find_whole(place.at(older.uri), older.manifest_sha256)
+            if other == DESCRIPTION:  # then one artifact is everybody's
+                assert newer[0] == (place.at(older.uri), older.manifest_sha256)
+                find_whole(place, older.manifest_sha256)
+        assert len(newer) == 1
+        find_whole(*newer[0])
+        fetch_artifact(place, tmp_path / f"copy-{meanwhile}")
+
+
+def test_a_directory_that_loses_a_file_before_it_is_pointed_at_is_written_again(
+    store: ObjectStore, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, losses = ObjectStore.put, 1
+
+    def put(self: ObjectStore, path: str, content: bytes | Path) -> None:
+        nonlocal losses
+        real(self, path, content)
+        if path == "manifest.json" and losses:
+            losses -= 1
+            self.delete("adapter_config.json")  # by the clean-up of an earlier version's launcher
+
+    monkeypatch.setattr(ObjectStore, "put", put)
+    published = publish(store, artifact, DESCRIPTION)
+    fetch_artifact(store, tmp_path / "copy", manifest_sha256=published.manifest_sha256)
+    losses = 2
+    with pytest.raises(StorageError, match=r"artifacts/[0-9a-f]{12}/ is not what was written there, 2 times; see who"):
+        publish(store, artifact, replace(DESCRIPTION, seed=43))
+    assert fetch_artifact(store, tmp_path / "other").seed == DESCRIPTION.seed
 
 
 def test_nothing_to_publish_is_refused(store: ObjectStore, tmp_path: Path) -> None:
