@@ -56,7 +56,8 @@ class Lease:
             left = self._settings.renew_deadline_seconds - (time.monotonic() - renewed)
             held = False
             with contextlib.suppress(TimeoutError):  # an API server that does not answer renews nothing
-                held = await asyncio.wait_for(self._try(), max(0.0, left))
+                async with asyncio.timeout(max(0.0, left)):
+                    held = await self._try()
             if held:
                 renewed = time.monotonic()
             elif self._held is None or time.monotonic() - renewed >= self._settings.renew_deadline_seconds:

@@ -9,7 +9,7 @@ import gc
 import logging
 import signal
 import sys
-from collections.abc import Coroutine, Sequence
+from collections.abc import Collection, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,25 @@ log = logging.getLogger("finetune_operator")
 
 RESYNC_SECONDS = 300.0
 _STOP_SECONDS = 5.0
+_CANCEL_AGAIN_SECONDS = 1.0
 _LIST_AGAIN_SECONDS = 1.0
 _NAMESPACE_SECONDS = 15.0
 _NO_CRD = "the CRD finetunejobs.finetune.dev is not installed; install it: kubectl apply --server-side -f crds/"
+
+
+async def end(tasks: Collection[asyncio.Task[Any]]) -> None:
+    """Cancel until they have ended.
+
+    A library may lose a cancellation on its way (``asyncio.wait_for`` of Python 3.11 does if what it waits for comes
+    at the same moment), and whoever loops would go on for ever.
+    """
+    left = set(tasks)
+    while left:
+        for task in left:
+            task.cancel()
+        _, left = await asyncio.wait(left, timeout=_CANCEL_AGAIN_SECONDS)
+    for task in tasks:
+        _error(task)  # known to whoever asks the task; not told as lost
 
 
 class NamespaceAppeared(Exception):
@@ -117,9 +133,7 @@ class Operator:
             tasks.append(asyncio.create_task(lease.keep()))
         stopping = asyncio.create_task(self._stop.wait())
         done, _ = await asyncio.wait({watches, stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
-        for task in (*tasks, stopping, signals):
-            task.cancel()
-        await asyncio.gather(*tasks, stopping, signals, return_exceptions=True)
+        await end({*tasks, stopping, signals})
         if lease is not None and not any(isinstance(_error(task), LeaseLost) for task in done):
             await lease.release()
         kopf_stop.set()
@@ -138,7 +152,8 @@ class Operator:
         wakes everybody who waits at every object: 12 s for a thousand jobs); then whatever happens."""
         while not await self._begin(kube):
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), _LIST_AGAIN_SECONDS)
+                async with asyncio.timeout(_LIST_AGAIN_SECONDS):
+                    await stop.wait()
                 return
         await kopf.operator(
             registry=build_registry(self._store, self._queue),
@@ -229,10 +244,7 @@ class Operator:
         """Whether ``work`` was done before a signal came."""
         task, stopping = asyncio.create_task(work), asyncio.create_task(self._stop.wait())
         done, pending = await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        for unfinished in pending:
-            unfinished.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await unfinished
+        await end(pending)
         if task in done:
             task.result()
         return task in done

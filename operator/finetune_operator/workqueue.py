@@ -56,7 +56,8 @@ class WorkQueue:
                     return key
                 self._changed.clear()
                 try:
-                    await asyncio.wait_for(self._changed.wait(), wait)
+                    async with asyncio.timeout(wait):
+                        await self._changed.wait()
                 except TimeoutError:
                     continue
 

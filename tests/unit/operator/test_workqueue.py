@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 
+import pytest
+
+from finetune_operator.main import end
 from finetune_operator.workqueue import WorkQueue
 
 A, B = ("default", "a"), ("default", "b")
@@ -130,5 +134,47 @@ def test_many_workers_serve_many_jobs_once_each() -> None:
         for task in workers:
             task.cancel()
         assert sorted(served) == sorted(keys)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("moments", range(5))
+def test_a_worker_that_is_asked_to_end_as_a_job_comes_ends(moments: int) -> None:
+    """`asyncio.wait_for` of Python 3.11 takes the job and forgets the cancellation."""
+
+    async def scenario() -> None:
+        queue = WorkQueue()
+
+        async def work() -> None:
+            while True:
+                queue.done(await queue.get())
+
+        queue.add(B, 3600.0)  # so that it waits for a limited time
+        worker = asyncio.create_task(work())
+        await asyncio.sleep(0.01)
+        queue.add(A)
+        for _ in range(moments):
+            await asyncio.sleep(0)
+        worker.cancel()
+        assert await asyncio.wait({worker}, timeout=5) == ({worker}, set())
+
+    asyncio.run(scenario())
+
+
+def test_what_loses_a_cancellation_is_cancelled_again() -> None:
+    async def deaf() -> None:
+        for _ in range(2):
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(3600)
+        await asyncio.sleep(3600)
+
+    async def fails() -> None:
+        raise ValueError
+
+    async def scenario() -> None:
+        tasks = {asyncio.create_task(deaf()), asyncio.create_task(fails())}
+        await asyncio.sleep(0.01)
+        await asyncio.wait_for(end(tasks), 60)
+        assert all(task.done() for task in tasks)
 
     asyncio.run(scenario())
