@@ -83,6 +83,13 @@ def granted(cluster: LocalCluster) -> set[Use]:
     return found
 
 
+def _rights(pod: dict[str, Any]) -> list[tuple[bool, bool, list[str]]]:
+    """Of every container: must not be root, may gain rights, capabilities that are dropped."""
+    whole = pod["spec"].get("securityContext", {})
+    contexts = [{**whole, **container.get("securityContext", {})} for container in pod["spec"]["containers"]]
+    return [(one["runAsNonRoot"], one["allowPrivilegeEscalation"], one["capabilities"]["drop"]) for one in contexts]
+
+
 class TestPods:
     def test_the_namespace_took_every_pod(self, lives: Lives) -> None:
         complaints = [event["message"] for event in lives.seen.versions["events"] if event["reason"] == "FailedCreate"]
@@ -92,6 +99,12 @@ class TestPods:
     def test_nothing_runs_as_root_or_can_gain_rights(self, lives: Lives) -> None:
         pods = {process.pod for process in lives.seen.processes if "finetune_trainer" in process.command}
         assert {"ftj-whole-0", "ftj-whole-1"} <= {pod.rpartition("-")[0] for pod in pods}, "others live for a moment"
+        asked = {
+            pod["metadata"]["name"].rpartition("-")[0]: _rights(pod)
+            for pod in lives.seen.versions["pods"]
+            if pod["metadata"]["name"].startswith(("ftj-whole-", "ftj-refused-"))
+        }
+        assert asked == {pod: [(True, False, ["ALL"])] for pod in ("ftj-whole-0", "ftj-whole-1", "ftj-refused-0")}
         assert [process for process in lives.seen.processes if 0 in (*process.users, *process.groups)] == []
         weak = [
             process

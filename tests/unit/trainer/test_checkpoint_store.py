@@ -9,7 +9,7 @@ import pytest
 from finetune_api.errors import CheckpointError
 from finetune_api.report import CheckpointManifest
 from finetune_storage import DamagedBundle, ObjectNotFound, ObjectStore, write_file
-from finetune_trainer.checkpoint_store import CheckpointStore
+from finetune_trainer.checkpoint_store import CheckpointStore, Restored
 
 FIELDS = {"epoch": 1.0, "samples_seen": 8, "tokens_seen": 100, "world_size": 2, "strategy": "DDP"}
 
@@ -133,15 +133,21 @@ def test_pruning_keeps_the_newest_and_leaves_other_series_alone(checkpoints: Che
     assert best.candidates() == [150]
 
 
+def _passes_over(checkpoints: CheckpointStore, steps: tuple[int, ...], folder: Path) -> Restored:
+    """A resume that finds these steps damaged."""
+    for step in steps:
+        checkpoints.store.put(f"step-00000{step}/{_weights(step, 0)}", b"damaged")
+    restored = checkpoints.newest(folder / "restored")
+    assert restored is not None
+    return restored
+
+
 def test_damaged_checkpoints_that_a_resume_passed_over_do_not_push_out_whole_ones(
     checkpoints: CheckpointStore, tmp_path: Path
 ) -> None:
     for step in (100, 200, 300):
         _save(checkpoints, step, tmp_path)
-    for step in (200, 300):
-        checkpoints.store.put(f"step-00000{step}/{_weights(step, 0)}", b"damaged")
-    restored = checkpoints.newest(tmp_path / "restored")
-    assert restored is not None
+    restored = _passes_over(checkpoints, (200, 300), tmp_path)
     assert restored.manifest.step == 100
     _save(checkpoints, 150, tmp_path)
     assert checkpoints.prune(150, restored.damaged) == [200, 300]
@@ -164,10 +170,7 @@ def test_a_damaged_checkpoint_that_somebody_wrote_anew_is_not_pruned(
 ) -> None:
     for step in (200, 300, 400):
         _save(checkpoints, step, tmp_path)
-    for step in (300, 400):
-        checkpoints.store.put(f"step-00000{step}/{_weights(step, 0)}", b"damaged")
-    restored = checkpoints.newest(tmp_path / "restored")
-    assert restored is not None
+    restored = _passes_over(checkpoints, (300, 400), tmp_path)
     entries = [write_file(checkpoints.store.child("step-00000300"), "weights.safetensors", b"anew")]
     checkpoints.commit(300, entries, FIELDS)
     _save(checkpoints, 250, tmp_path)
